@@ -1,0 +1,235 @@
+"""The report of an experiment folder: report.json, report.md and figures, from the graded rows alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.statistics import paired_difference, summarise
+from base.errors import UserError
+from base.files import whole, write_json, write_text
+from data.rows import read_rows
+
+ORDER = ("base", "teacher", "off_model")  # then recovered_<N>, then control_<name>
+CONTROLS = {
+    "control_native": "SFT on the student's own responses to the teacher's prompts: does SFT as such do harm?",
+    "control_noise": "Gaussian noise of each matrix's own norm of the SFT's change: is it noise on the weights?",
+    "control_more_teacher": "the recovery's steps and prompts with the teacher's responses: is it more training?",
+}
+INK, MUTED, GRID = "#1b1b1b", "#6b6b6b", "#e3e3e3"
+# Okabe and Ito's palette, which colour-blind readers tell apart
+COLOURS = {"base": "#0072b2", "teacher": "#6b6b6b", "off_model": "#d55e00", "recovered": "#009e73",
+           "control": "#cc79a7"}
+
+
+def write_report(folder: Path, student: str, teacher: str, seconds: dict[str, float]) -> dict:
+    """Read evals/, write report.json, report.md and figures/ (contract C5); returns what report.json holds."""
+    rows = read_evaluations(folder / "evals")
+    report = build(rows) | {"seconds": seconds}
+    report = {"student": student, "teacher": teacher} | report
+    draw_accuracy(report, folder / "figures" / "accuracy.png")
+    if recovered(report):
+        draw_recovery(report, folder / "figures" / "recovery.png")
+    write_text(folder / "report.md", to_markdown(report))
+    write_json(folder / "report.json", report)
+    return report
+
+
+def read_evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
+    """Graded rows by checkpoint and benchmark, of the finished evaluations; all on the same problems."""
+    found = {path.parent.name: path.parent for path in folder.glob("*/summary.json")}
+    named = sorted(found, key=_position)
+    rows = {name: {path.stem: read_rows(path) for path in sorted(found[name].glob("*.jsonl"))
+                   if not path.stem.endswith(".partial")} for name in named}
+    for name in named:
+        for benchmark, base_rows in rows["base"].items():
+            ids = [row["id"] for row in rows[name].get(benchmark, [])]
+            if ids != [row["id"] for row in base_rows]:
+                raise UserError(f"{found[name]} and {found['base']} are not on the same {benchmark} problems")
+    return rows
+
+
+def _position(checkpoint: str) -> tuple:
+    """Sort key: base, teacher, off_model, recovered by N, controls."""
+    if checkpoint in ORDER:
+        return (0, ORDER.index(checkpoint), "")
+    if checkpoint.startswith("recovered_"):
+        return (1, int(checkpoint.removeprefix("recovered_")), "")
+    return (2, 0, checkpoint)
+
+
+def build(rows: dict[str, dict[str, list[dict]]]) -> dict:
+    """checkpoints, drop and recovered_fraction from graded rows by checkpoint and benchmark."""
+    checkpoints = {name: {benchmark: summarise(graded) for benchmark, graded in by_benchmark.items()}
+                   for name, by_benchmark in rows.items()}
+
+    def verdicts(checkpoint: str, benchmark: str) -> list[bool]:
+        return [row["correct"] for row in rows[checkpoint][benchmark]]
+
+    drop, fraction = {}, {}
+    for benchmark in rows["base"] if "off_model" in rows else ():
+        drop[benchmark] = paired_difference(verdicts("base", benchmark), verdicts("off_model", benchmark))
+        base, off = (checkpoints[name][benchmark]["correct"] for name in ("base", "off_model"))
+        # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
+        fraction[benchmark] = {
+            name.removeprefix("recovered_"): (checkpoints[name][benchmark]["correct"] - off) / (base - off)
+            if base > off else None
+            for name in checkpoints if name.startswith("recovered_")
+        }
+    return {"checkpoints": checkpoints, "drop": drop, "recovered_fraction": fraction}
+
+
+def recovered(report: dict) -> list[int]:
+    """The numbers of native examples that were tried, rising."""
+    names = (name for name in report["checkpoints"] if name.startswith("recovered_"))
+    return [int(name.removeprefix("recovered_")) for name in names]
+
+
+def to_markdown(report: dict) -> str:
+    """The report as a page of tables."""
+    checkpoints, benchmarks = report["checkpoints"], list(report["checkpoints"]["base"])
+    most = max(checkpoints["base"][benchmark]["n"] for benchmark in benchmarks)
+    lines = [
+        f"# Off-model SFT: {_plain(report['student'])} on responses of {_plain(report['teacher'])}", "",
+        f"Accuracy in % with its 95 % Wilson interval, on the same problems for every checkpoint (n ≤ {most}).", "",
+        _table(["checkpoint", *benchmarks],
+               [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
+                for name, entry in checkpoints.items()]),
+    ]
+    notes = [f"- `{name}`: {meaning}" for name, meaning in CONTROLS.items() if name in checkpoints]
+    lines += [*notes, ""] if notes else []
+    lines += ["![accuracy](figures/accuracy.png)", ""]
+    if report["drop"]:
+        lines += [
+            "## What SFT on the teacher's responses cost", "",
+            "Points lost from base to off_model: bootstrap interval over problems, exact McNemar p. Answers that were "
+            "cut at the token limit, or in which none was found, count as wrong: the right columns say how many.", "",
+            _table(["benchmark", "lost, points", "95 %", "p", "no answer, base → off", "cut, base → off"],
+                   [_drop_row(benchmark, report) for benchmark in benchmarks]),
+        ]
+    counts = recovered(report)
+    if counts:
+        lines += [
+            "## What native examples brought back", "",
+            "Share of the drop that SFT on N of the student's own responses recovered; – where nothing was lost.", "",
+            _table(["benchmark", *(f"N = {n}" for n in counts)],
+                   [[benchmark, *(_share(report["recovered_fraction"][benchmark][str(n)]) for n in counts)]
+                    for benchmark in benchmarks]),
+            "![recovery](figures/recovery.png)", "",
+        ]
+    for benchmark in benchmarks:
+        levels = list(checkpoints["base"][benchmark]["by_level"])
+        if levels:
+            lines += [f"## {_plain(benchmark)} by level", "", "Correct of n.", "", _table(
+                ["checkpoint", *(f"level {_plain(level)}" for level in levels)],
+                [[name, *(f"{cell['correct']} of {cell['n']}" for cell in entry[benchmark]["by_level"].values())]
+                 for name, entry in checkpoints.items()])]
+    times = [[name, f"{spent:.0f}"] for name, spent in report["seconds"].items()]
+    lines += ["## Time", "", _table(["stage", "seconds"], times)]
+    return "\n".join(lines)
+
+
+def summary_table(report: dict) -> str:
+    """Checkpoints × benchmarks for a terminal."""
+    benchmarks = list(report["checkpoints"]["base"])
+    body = [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
+            for name, entry in report["checkpoints"].items()]
+    rows = [["accuracy, % (95 %)", *benchmarks], *body]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, followed by an empty line."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(map(_plain, row))} |" for row in rows) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: no link, image, HTML or new cell can come out of it."""
+    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in text)
+    return " ".join(escaped.split())
+
+
+def _accuracy(entry: dict) -> str:
+    low, high = entry["ci95"]
+    return f"{100 * entry['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _drop_row(benchmark: str, report: dict) -> list[str]:
+    drop = report["drop"][benchmark]
+    base, off = (report["checkpoints"][name][benchmark] for name in ("base", "off_model"))
+    return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", f"{drop['p']:.3g}",
+            f"{base['unparsed']} → {off['unparsed']}", f"{base['truncated']} → {off['truncated']}"]
+
+
+def _share(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def _figure(columns: int, height: float) -> tuple:
+    """A matplotlib figure and its axes in the house style, `columns` panels wide."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 3.4 * columns, height), dpi=150, layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(MUTED)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _save(figure: object, path: Path) -> None:
+    with whole(path) as part:
+        figure.savefig(part, format="png")
+
+
+def draw_accuracy(report: dict, path: Path) -> None:
+    """A panel per benchmark: each checkpoint's accuracy with its interval."""
+    checkpoints = report["checkpoints"]
+    benchmarks, names = list(checkpoints["base"]), list(checkpoints)[::-1]
+    figure, panels = _figure(len(benchmarks), 0.9 + 0.33 * len(names))
+    for axes, benchmark in zip(panels, benchmarks, strict=True):
+        for y, name in enumerate(names):
+            entry = checkpoints[name][benchmark]
+            colour = COLOURS[name if name in COLOURS else name.partition("_")[0]]
+            low, high = (100 * bound for bound in entry["ci95"])
+            axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.45, solid_capstyle="round")
+            axes.plot(100 * entry["accuracy"], y, "o", color=colour, markersize=6)
+        base = 100 * checkpoints["base"][benchmark]["accuracy"]
+        axes.axvline(base, color=COLOURS["base"], linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names] if axes is panels[0] else [])
+        axes.set_xlim(-2, 102)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.grid(axis="x", color=GRID)
+        axes.set_title(f"{benchmark} (n = {checkpoints['base'][benchmark]['n']})", fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("accuracy, %", fontsize=9, color=MUTED)
+    _save(figure, path)
+
+
+def draw_recovery(report: dict, path: Path) -> None:
+    """A panel per benchmark: accuracy over the number of native examples, from the off-model student on."""
+    checkpoints, counts = report["checkpoints"], recovered(report)
+    benchmarks = list(checkpoints["base"])
+    places = range(len(counts) + 1)  # evenly spaced: the Ns are chosen by doubling or so
+    figure, panels = _figure(len(benchmarks), 2.8)
+    for axes, benchmark in zip(panels, benchmarks, strict=True):
+        curve = [checkpoints[name][benchmark] for name in ("off_model", *(f"recovered_{n}" for n in counts))]
+        base = checkpoints["base"][benchmark]
+        axes.axhline(100 * base["accuracy"], color=COLOURS["base"], linewidth=1.5, linestyle=":", label="base")
+        low, high = ([100 * entry["ci95"][i] for entry in curve] for i in (0, 1))
+        axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.15, linewidth=0)
+        axes.plot(places, [100 * entry["accuracy"] for entry in curve], "-o", color=COLOURS["recovered"], markersize=5,
+                  label="recovered")
+        axes.plot(0, 100 * curve[0]["accuracy"], "o", color=COLOURS["off_model"], markersize=7, label="off model")
+        axes.set_xticks(places, ["0", *map(str, counts)])
+        axes.set_ylim(-2, 102)
+        axes.grid(axis="y", color=GRID)
+        axes.set_title(benchmark, fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("native examples", fontsize=9, color=MUTED)
+    panels[0].set_ylabel("accuracy, %", fontsize=9, color=MUTED)
+    panels[-1].legend(fontsize=8, frameon=False)
+    _save(figure, path)

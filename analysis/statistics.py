@@ -1,0 +1,62 @@
+"""Intervals and tests for accuracies on the same problems."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Z95 = 1.959964  # two-sided 95 % of the normal distribution
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); it stays inside [0, 1] and is sensible at 0 and n of n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = correct / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p-value that `lost` and `gained` problems are a fair coin's (McNemar 1947).
+
+    Problems with the same verdict before and after say nothing about the difference.
+    """
+    n, k = lost + gained, min(lost, gained)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> dict:
+    """before - after in percentage points: "points", "ci95" (bootstrap over problems, 10,000 draws), exact "p".
+
+    The two sequences are verdicts on the same problems in the same order.
+    """
+    assert len(before) == len(after), "paired verdicts must be on the same problems"
+    n = len(before)
+    lost = sum(a and not b for a, b in zip(before, after, strict=True))
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    # a resample of problems matters only by how many of each kind it holds
+    draws = np.random.default_rng(seed).multinomial(n, [lost / n, gained / n, (n - lost - gained) / n], size=10_000)
+    differences = 100 * (draws[:, 0] - draws[:, 1]) / n
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return {"points": 100 * (lost - gained) / n, "ci95": [float(low), float(high)], "p": mcnemar(lost, gained)}
+
+
+def summarise(rows: Sequence[dict]) -> dict:
+    """n, correct, accuracy, ci95, unparsed, truncated and by_level of graded rows (contract C3).
+
+    Truncated are those cut at the limit, unparsed those in which no answer was found; a row can be both.
+    """
+    correct = sum(row["correct"] for row in rows)
+    levels = sorted({row["level"] for row in rows} - {None}, key=lambda level: (isinstance(level, str), level))
+    return {
+        "n": len(rows), "correct": correct, "accuracy": correct / len(rows), "ci95": list(wilson(correct, len(rows))),
+        "unparsed": sum(row["extracted"] is None for row in rows),
+        "truncated": sum(row["finish_reason"] == "length" for row in rows),
+        "grader_timeouts": sum(row.get("note") is not None for row in rows),
+        "by_level": {str(level): {"n": sum(row["level"] == level for row in rows),
+                                  "correct": sum(row["level"] == level and row["correct"] for row in rows)}
+                     for level in levels},
+    }

@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all, and the record of the run that made them."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from base.errors import UserError
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verify", "pyarrow")
+CODE = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut can leave an empty file under the final name
+        part.chmod(0o644)  # safetensors writes files that nobody else can read
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with whole(path) as part:
+        part.write_bytes(text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of `path`; a file that can't be read as such is a `UserError`."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; anything else is a `UserError`."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is needed")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def same_run(record: Path, options: dict) -> bool:
+    """Whether `record` (a run's config.json) is there and was written by a run with the same options.
+
+    With other options it is another run's, and a UserError names the first that differs. False where there is none.
+    """
+    if not record.exists():
+        return False
+    made_with = read_json(record).get("options")
+    if not isinstance(made_with, dict):
+        raise UserError(f"{record} is not the record of a run; choose another --out")
+    options = json.loads(json.dumps(options))  # as a file holds them: tuples are lists, and so on
+    for name in sorted(made_with.keys() | options.keys()):
+        if made_with.get(name) != options.get(name):
+            raise UserError(f"{record.parent} holds another run ({record.name}): its {name} is "
+                            f"{made_with.get(name)!r}, here it is {options.get(name)!r}; choose another --out")
+    return True
+
+
+def same_run_folder(record: Path, options: dict) -> bool:
+    """`same_run` for a folder that is a run's own: without the record it must be empty or new."""
+    folder = record.parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and --out needs a folder")
+    if folder.is_dir() and not record.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files and no {record.name}; choose another --out")
+    return same_run(record, options)
+
+
+def write_record(record: Path, options: dict, facts: dict | None = None) -> None:
+    """Say which run makes the output beside `record`, unless it is said already.
+
+    `options` decide the result and must be the same when the run is taken up again; `facts` (checksums, counts) are
+    only noted. What doesn't change the result, such as the number of slots, belongs to neither.
+    """
+    if not record.exists():
+        write_json(record, {"options": options, **(facts or {}), **provenance()})
+
+
+def provenance() -> dict:
+    """Git revision of the code (with "+changes" if edited) and versions of what it runs on."""
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=CODE, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None  # a download without its history
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += "+changes"
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = metadata.version(package)
+    return {"git_revision": revision, "versions": versions}

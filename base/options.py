@@ -1,0 +1,87 @@
+"""Command-line options that several scripts share, each with its default written once."""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from base.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows every default, takes the module's docstring as description and knows no abbreviations."""
+
+    def __init__(self, doc: str | None) -> None:
+        class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+            def _get_help_string(self, action: argparse.Action) -> str:
+                if action.default in (None, False) or action.required:
+                    return action.help or ""
+                return super()._get_help_string(action) or ""
+
+        super().__init__(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        """One sentence and exit code 2, as for every other mistake; argparse would print the whole usage first."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def device_options(parser: argparse.ArgumentParser) -> None:
+    """Add --device, --dtype and --template-options."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
+    group.add_argument("--template-options", type=json_object, default={}, metavar="JSON",
+                       help='variables for the chat template, such as \'{"enable_thinking": false}\' for Qwen3')
+
+
+def resolve_device(device: str | None, dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
+    """The torch device and dtype that --device and --dtype stand for."""
+    import torch
+
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is not a torch device; cpu, cuda or cuda:1 would do") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device} needs a CUDA GPU and torch sees none; --device cpu would do")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
+    return chosen, getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
+
+
+def json_object(text: str) -> dict:
+    """argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def number(kind: type, low: float = float("-inf"), high: float = float("inf"),
+           above: float = float("-inf")) -> Callable[[str], float]:
+    """argparse type: a finite int or float with low ≤ value ≤ high and value > above."""
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+        if not (low <= value <= high and value > above and abs(value) < float("inf")):
+            bounds = f"from {low:g} up" if low > float("-inf") else f"above {above:g}"
+            upto = f", at most {high:g}" if high < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}{upto}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, low=1)
+natural = number(int, low=0)

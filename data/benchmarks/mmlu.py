@@ -1,0 +1,45 @@
+"""MMLU (arXiv 2009.03300; cais/mmlu, 57 subjects, 14,042 questions) in its single-token form.
+
+Zero-shot in the model's chat template:
+
+    The following is a multiple choice question about abstract algebra. Answer with the letter alone.
+
+    Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.
+    A. 0
+    B. 4
+    C. 2
+    D. 6
+
+The answer is the likeliest of the four letters as first token of the response.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
+from data.hub import read_dataset
+
+LETTERS = ("A", "B", "C", "D")
+
+
+def load(n: int | None, seed: int) -> Benchmark:
+    """The test split, or a sample of it stratified by subject; ids are subject/index within the subject."""
+    rows, dataset = read_dataset("cais/mmlu", "all/test-00000-of-00001.parquet")
+    problems, seen = [], Counter()
+    for row in rows:
+        subject = row["subject"]
+        problems.append(Problem(f"{subject}/{seen[subject]}", prompt(row), LETTERS[row["answer"]], stratum=subject))
+        seen[subject] += 1
+    return Benchmark("mmlu", "letters", sample(problems, n, seed), dataset, choices=LETTERS)
+
+
+def prompt(row: dict) -> str:
+    """The user's message of a question."""
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+    return (f"The following is a multiple choice question about {row['subject'].replace('_', ' ')}. "
+            f"Answer with the letter alone.\n\n{row['question'].strip()}\n{options}")
+
+
+def grade(rows: Sequence[dict]) -> list[Verdict]:
+    """A row's response is the chosen letter."""
+    return [Verdict(row["response"] == row["gold"], row["response"]) for row in rows]

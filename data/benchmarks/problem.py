@@ -1,0 +1,67 @@
+"""What a benchmark is to the evaluator: problems, a way to answer, a way to grade."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem; `stratum` is the group within which problems are sampled (level, subject)."""
+
+    id: str  # the data set's own
+    prompt: str  # the user's message
+    gold: str
+    level: int | str | None = None
+    stratum: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the grader says of a response; `extracted` is None where it found no answer."""
+
+    correct: bool
+    extracted: str | None
+    note: str | None = None  # such as "grader timed out"
+
+
+# Grades rows that have `response` and `gold`, so that saved ones can be graded again without data set or model
+Grader = Callable[[Sequence[dict]], list[Verdict]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Problems with their provenance. With `choices` the answer is the likeliest of them as first token of the
+    response, and nothing is sampled."""
+
+    name: str
+    grader: str  # a name that `load_grader` knows
+    problems: tuple[Problem, ...]
+    dataset: dict  # name, revision, sha256
+    choices: tuple[str, ...] = ()
+
+
+def sample(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem, ...]:
+    """n of the problems in their own order, from each stratum its share; all if n is None or large enough.
+
+    A function of (seed, ids) alone, so that every checkpoint gets the same ones, and a larger n of one stratum
+    contains the smaller.
+    """
+    if n is None or n >= len(problems):
+        return tuple(problems)
+
+    def lot(key: str) -> bytes:
+        return hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
+
+    strata = defaultdict(list)
+    for problem in problems:
+        strata[problem.stratum].append(problem.id)
+    shares = {name: n * len(ids) / len(problems) for name, ids in strata.items()}
+    quota = {name: int(share) for name, share in shares.items()}
+    # largest remainders get what rounding down left over; ties are drawn by lot
+    by_remainder = sorted(strata, key=lambda name: (quota[name] - shares[name], lot(name)))
+    for name in by_remainder[: n - sum(quota.values())]:
+        quota[name] += 1
+    chosen = {id for name, ids in strata.items() for id in sorted(ids, key=lot)[: quota[name]]}
+    return tuple(problem for problem in problems if problem.id in chosen)

@@ -1,0 +1,185 @@
+"""Evaluate a model on benchmarks: a graded row per problem and a summary.
+
+    python evaluate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmarks mmlu math500 --n 200 --out evals/base
+    python evaluate.py --rescore evals/base
+
+Benchmarks are mmlu, math500, or JSONL files of problems (id, problem, answer and, if any, level). Responses are saved
+as they finish, and the same command continues a run that was stopped. --rescore grades the saved responses again,
+with no model.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from base.errors import UserError, run_script
+from base.options import Parser, device_options, natural, positive_int
+from generate import (
+    encode_prompts,
+    load_model,
+    make_sampler,
+    model_identity,
+    model_options,
+    respond,
+    sampling_identity,
+    sampling_options,
+)
+
+if TYPE_CHECKING:
+    from data.benchmarks.problem import Benchmark
+    from model.chat import Chat
+    from model.decoder import Decoder
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    model_options(parser)
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="mmlu, math500, or JSONL files of problems")
+    parser.add_argument("--n", type=positive_int, help="problems of each, a seeded sample stratified by level or "
+                        "subject, the same for every model (default: all)")
+    parser.add_argument("--sample-seed", type=int, default=0, help="of that sample")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--scramble", type=natural, metavar="SEED", help="replace --adapter by Gaussian noise on the "
+                        "weights, of the same norm matrix by matrix (a control)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="graded rows and summary.json")
+    parser.add_argument("--rescore", type=Path, metavar="DIR", help="grade the rows in DIR again, and nothing else")
+    sampling_options(parser, temperature=0.0, max_new_tokens=1024)
+    device_options(parser)
+    # --rescore stands alone: what a normal run needs is asked for here
+    for action in parser._actions:
+        action.required = False
+    args = parser.parse_args(argv)
+    missing = [f"--{name}" for name in ("model", "benchmarks", "out") if getattr(args, name) is None]
+    if args.rescore is None and missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)} (or --rescore DIR alone)")
+    if args.scramble is not None and args.adapter is None:
+        parser.error("--scramble takes the norms of an --adapter")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """A model and benchmarks in, graded rows and a summary out."""
+    args = parse(argv)
+    if args.rescore is not None:
+        rescore(args.rescore)
+        return
+    from analysis.statistics import summarise
+    from base.files import same_run_folder, write_json, write_record
+    from data.benchmarks import load_benchmark
+    from data.rows import read_rows
+
+    benchmarks = [load_benchmark(name, args.n, args.sample_seed) for name in dict.fromkeys(args.benchmarks)]
+    names = [benchmark.name for benchmark in benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError("two --benchmarks have the same name and would share a file; rename one")
+    options = {"benchmarks": {b.name: b.dataset["sha256"] for b in benchmarks}, "n": args.n,
+               "sample_seed": args.sample_seed, "system": args.system, "scramble": args.scramble,
+               **model_identity(args), **sampling_identity(args)}
+    record = args.out / "config.json"
+    if same_run_folder(record, options) and (args.out / "summary.json").exists():
+        print(f"{args.out}: done already")
+        return
+
+    from model import lora
+
+    model, chat = load_model(args)
+    if args.scramble is not None:
+        lora.scramble(model, args.scramble)
+    write_record(record, options, {"adapter": args.adapter})
+    summary = {}
+    for benchmark in benchmarks:
+        start = time.perf_counter()
+        path = args.out / f"{benchmark.name}.jsonl"
+        rows = read_rows(path) if path.exists() else answer(benchmark, model, chat, args, path)
+        summary[benchmark.name] = summarise(rows) | {"grader": benchmark.grader, "dataset": benchmark.dataset}
+        print(f"{args.out}: {one_line(benchmark.name, summary[benchmark.name])}, {time.perf_counter() - start:.0f} s")
+    write_json(args.out / "summary.json", summary)  # last: it says that all is there
+
+
+def answer(benchmark: "Benchmark", model: "Decoder", chat: "Chat", args: argparse.Namespace, path: Path) -> list[dict]:
+    """The model's graded responses (C3), also written to `path`; what an earlier run left of them is kept."""
+    from data.rows import GrowingRows
+
+    prompts = [{"id": problem.id, "prompt": problem.prompt, "system": args.system} for problem in benchmark.problems]
+    with GrowingRows(path) as rows:
+        sampler = make_sampler(model, chat, args)
+        encoded = encode_prompts(sampler, chat, prompts)
+        if benchmark.choices:
+            choose(benchmark, model, chat, prompts, encoded, rows)
+        else:
+            respond(sampler, chat, prompts, encoded, rows, title=f"{args.out.name}/{benchmark.name}")
+        answered = []
+        for problem in benchmark.problems:
+            row = rows.rows[problem.id]
+            answered.append({"id": problem.id, "correct": None, "response": row["response"], "extracted": None,
+                             "gold": problem.gold, "finish_reason": row["finish_reason"], "level": problem.level,
+                             "prompt": problem.prompt})
+        graded = grade(answered, benchmark.grader)
+        rows.finish(graded)
+    return graded
+
+
+def choose(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[dict],
+           encoded: dict[str, list[int]], rows: object) -> None:
+    """The likeliest of the benchmark's choices as first token of the response: one prefill, nothing sampled."""
+    from tqdm import tqdm
+
+    from model.sampler import score_next
+
+    todo = [row for row in prompts if row["id"] not in rows.rows]
+    bar = tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc=benchmark.name, unit="row", disable=None)
+    with bar as progress:
+        for start in range(0, len(todo), 64):
+            part = todo[start : start + 64]
+            # the token that a choice begins with, behind this prompt: by the template, not by what it looks like
+            turn = [chat.turn(part[0]["prompt"], choice, part[0]["system"]) for choice in benchmark.choices]
+            tokens = [one.tokens[one.first] for one in turn]
+            if len(set(tokens)) < len(tokens):
+                raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart by "
+                                "their first token")
+            scores = score_next(model, [encoded[row["id"]] for row in part], tokens)
+            for row, logprobs in zip(part, scores.tolist(), strict=True):
+                best = max(range(len(tokens)), key=logprobs.__getitem__)
+                rows.append({"id": row["id"], "response": benchmark.choices[best], "finish_reason": "stop"})
+                progress.update()
+
+
+def grade(rows: list[dict], grader: str) -> list[dict]:
+    """The rows with the verdicts that `grader` gives them now."""
+    from data.benchmarks import load_grader
+
+    verdicts = load_grader(grader)(rows)
+    return [row | {"correct": verdict.correct, "extracted": verdict.extracted, "note": verdict.note}
+            for row, verdict in zip(rows, verdicts, strict=True)]
+
+
+def rescore(folder: Path) -> None:
+    """Grade a folder's saved responses again and rewrite rows and summary."""
+    from analysis.statistics import summarise
+    from base.files import read_json, write_json
+    from data.rows import read_rows, write_rows
+
+    if not (folder / "summary.json").exists():
+        raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
+    summary = read_json(folder / "summary.json")
+    for name, entry in summary.items():
+        path = folder / f"{name}.jsonl"
+        rows = grade(read_rows(path, needed=("id", "response", "gold")), entry["grader"])
+        write_rows(path, rows)
+        summary[name] = entry | summarise(rows)
+        changed = "" if summary[name]["correct"] == entry["correct"] else f" (was {entry['correct']} correct)"
+        print(f"{folder}: {one_line(name, summary[name])}{changed}")
+    write_json(folder / "summary.json", summary)
+
+
+def one_line(name: str, entry: dict) -> str:
+    """A benchmark's result for the terminal."""
+    low, high = entry["ci95"]
+    return (f"{name} {100 * entry['accuracy']:.1f} % ({entry['correct']} of {entry['n']}; 95 % {100 * low:.1f} to "
+            f"{100 * high:.1f}), {entry['unparsed']} without an answer, {entry['truncated']} cut at the limit")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,162 @@
+"""Generate one model's responses to a set of chat prompts.
+
+    python generate.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --prompts alpaca --n 256 --out teacher.jsonl
+
+Rows are saved as they finish (FILE.partial.jsonl) and get their final name, in the order of the prompts, when all are
+there; what made them stands in FILE.config.json. The same command continues a run that was stopped. A row depends on
+the options, the seed and its own id, not on the batch it was sampled in.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from base.errors import UserError, run_script
+from base.options import Parser, device_options, natural, number, positive_int
+
+if TYPE_CHECKING:
+    from data.rows import GrowingRows
+    from model.chat import Chat
+    from model.decoder import Decoder
+    from model.sampler import Sampler
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    model_options(parser)
+    parser.add_argument("--prompts", required=True, metavar="P",
+                        help="alpaca, or a JSONL file with id, prompt and, if any, system")
+    parser.add_argument("--skip", type=natural, default=0, help="pass over the first prompts")
+    parser.add_argument("--n", type=positive_int, help="number of prompts (default: all)")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt, for prompts that bring none")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="response rows")
+    sampling_options(parser)
+    device_options(parser)
+    return parser.parse_args(argv)
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --adapter and --adapter-scale."""
+    parser.add_argument("--model", required=True, metavar="M", help="hub name, or folder in Hugging Face layout")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, folder or hub name")
+    parser.add_argument("--adapter-scale", type=number(float), default=1.0, help="multiplies the adapter's effect")
+
+
+def sampling_options(parser: argparse.ArgumentParser, temperature: float = 0.7, max_new_tokens: int = 512) -> None:
+    """Add the options of sampling; the defaults are those of training data unless given."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=number(float, low=0), default=temperature, help="0 is greedy")
+    group.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0,
+                       help="keep the likeliest tokens that hold this share of the probability")
+    group.add_argument("--top-k", type=natural, default=0, help="keep this many of the likeliest tokens; 0 keeps all")
+    group.add_argument("--max-new-tokens", type=positive_int, default=max_new_tokens, help="limit of a response")
+    group.add_argument("--seed", type=int, default=0, help="of the run; each row has its own from it and its id")
+    group.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prompts in, response rows out."""
+    args = parse(argv)
+    from base.files import same_run, write_record
+    from data.prompts import load_prompts
+    from data.rows import GrowingRows
+
+    if args.out.suffix != ".jsonl":
+        raise UserError(f"--out {args.out} must end in .jsonl")
+    prompts, dataset = load_prompts(args.prompts, args.skip, args.n)
+    prompts = [row | {"system": args.system if row["system"] is None else row["system"]} for row in prompts]
+    options = {"prompts_sha256": dataset["sha256"], "skip": args.skip, "n": args.n, "system": args.system,
+               **model_identity(args), **sampling_identity(args)}
+    record = args.out.with_suffix(".config.json")
+    if same_run(record, options) and args.out.exists():
+        print(f"{args.out}: done already")
+        return
+    if args.out.exists() and not record.exists():
+        raise UserError(f"{args.out} is there already and was not written by this command; choose another --out")
+
+    model, chat = load_model(args)
+    sampler = make_sampler(model, chat, args)
+    start = time.perf_counter()
+    with GrowingRows(args.out) as rows:
+        requests = encode_prompts(sampler, chat, prompts)
+        write_record(record, options, {"prompts": dataset, "adapter": args.adapter})
+        respond(sampler, chat, prompts, requests, rows, title=args.out.name)
+        rows.finish(rows.rows[prompt["id"]] for prompt in prompts)
+    finished = [rows.rows[prompt["id"]] for prompt in prompts]
+    cut = sum(row["finish_reason"] == "length" for row in finished)
+    print(f"{args.out}: {len(finished)} responses, {cut} of them cut at the limit, "
+          f"{sum(row['response_tokens'] for row in finished)} tokens, {time.perf_counter() - start:.0f} s")
+
+
+def model_identity(args: argparse.Namespace) -> dict:
+    """What decides the model's numbers, for the record of a run."""
+    from base.hub import fingerprint, model_folder
+    from base.options import resolve_device
+
+    return {"model": args.model, "model_revision": fingerprint(model_folder(args.model)),
+            "adapter_revision": fingerprint(model_folder(args.adapter)) if args.adapter else None,
+            "adapter_scale": args.adapter_scale if args.adapter else None,
+            "dtype": str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch."),
+            "template_options": args.template_options}
+
+
+def sampling_identity(args: argparse.Namespace) -> dict:
+    """What decides the sampled tokens, for the record of a run; the number of slots does not."""
+    return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed")}
+
+
+def load_model(args: argparse.Namespace) -> tuple["Decoder", "Chat"]:
+    """The model that --model, --adapter, --device and --dtype name, and its chat format."""
+    from base.hub import model_folder
+    from base.options import resolve_device
+    from model import lora, weights
+    from model.chat import Chat
+
+    folder = model_folder(args.model)
+    model = weights.load(folder, *resolve_device(args.device, args.dtype))
+    chat = Chat(folder, model.config, args.template_options)
+    if args.adapter:
+        lora.load(model, args.adapter, args.adapter_scale)
+    return model, chat
+
+
+def make_sampler(model: "Decoder", chat: "Chat", args: argparse.Namespace) -> "Sampler":
+    """The sampler that the options describe."""
+    from model.sampler import Sampler
+
+    return Sampler(model, chat.stop_ids, slots=args.slots, **sampling_identity(args))
+
+
+def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict]) -> dict[str, list[int]]:
+    """Token ids of each prompt by id; a UserError names one that leaves no room in the model's context."""
+    encoded = {row["id"]: chat.prompt(row["prompt"], row["system"]) for row in prompts}
+    for id, tokens in encoded.items():
+        sampler.limit(id, tokens)
+    return encoded
+
+
+def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]], rows: "GrowingRows",
+            title: str) -> None:
+    """Sample the responses that `rows` lacks, appending each as it finishes, under a progress bar."""
+    from tqdm import tqdm
+
+    todo = {row["id"]: row for row in prompts if row["id"] not in rows.rows}
+    tokens, start = 0, time.perf_counter()
+    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc=title, unit="row", disable=None) as progress:
+        for response in sampler.generate([(id, encoded[id]) for id in todo]):
+            prompt = todo[response.id]
+            rows.append({
+                "id": prompt["id"], "prompt": prompt["prompt"], "system": prompt["system"],
+                "response": chat.decode(response.tokens), "finish_reason": response.finish_reason,
+                "prompt_tokens": response.prompt_tokens, "response_tokens": len(response.tokens),
+                "logprob": round(sum(response.logprobs), 4),
+            })
+            tokens += len(response.tokens)
+            progress.update()
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+
+
+if __name__ == "__main__":
+    run_script(main)

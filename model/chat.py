@@ -1,0 +1,189 @@
+"""Chats as token ids: a model's own tokenizer and chat template, and which tokens of a response are trained on."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from os.path import commonprefix
+from pathlib import Path
+from uuid import uuid4
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from base.errors import UserError
+from base.files import read_json, read_text
+from model.config import ModelConfig
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt with its response as the model reads it; tokens[first:last] are the response and its end of turn."""
+
+    tokens: list[int]
+    first: int
+    last: int
+
+
+class GenerationBlock(jinja2.ext.Extension):
+    """{% generation %}…{% endgeneration %}, with which some templates mark what the assistant said: here, its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Drop the tags, keep what is between them."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Chat:
+    """Tokenizer and chat template of a model folder.
+
+    The environment is the one that transformers' `apply_chat_template` gives to templates (whitespace control, loop
+    controls, `tojson`, `raise_exception`, `strftime_now`), sandboxed, since templates come from strangers.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, options: dict | None = None) -> None:
+        """`options` are variables for the template, such as Qwen3's enable_thinking."""
+        self.folder, self.options = folder, options or {}
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{folder} has no tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_str(read_text(path))
+        except Exception as error:  # the tokenizers library raises bare Exception for a file it can't parse
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is not a tokenizer ({error})") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        if self.tokenizer.get_vocab_size() > config.vocab_size:
+            raise UserError(f"{path} has {self.tokenizer.get_vocab_size()} tokens and the model {config.vocab_size}")
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        if (folder / "special_tokens_map.json").exists():
+            settings = read_json(folder / "special_tokens_map.json") | settings
+        self.special = {name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None}
+        self.template = self._compile(_find_template(folder, settings))
+        self.closing = self._closing()
+        self.stop_ids = frozenset(config.eos_ids) | self._end_of_turn_ids(config)
+
+    def prompt(self, user: str, system: str | None = None) -> list[int]:
+        """Token ids up to the point where the model is to answer."""
+        return self.encode(self.render(user, system))
+
+    def turn(self, user: str, response: str, system: str | None = None, ended: bool = True) -> Turn:
+        """Token ids of prompt and response, and the span that is supervised.
+
+        `ended` is False for a response that was cut at a length limit: it has no end of turn, and training on one
+        would teach the model to stop in mid-sentence.
+
+        The tokens are those of the template's own rendering, encoded in one piece, as `apply_chat_template` gives
+        them. The span is found by position: what the template puts around a placeholder is cut off the two ends of
+        the rendering, so that nothing a response contains, end-of-turn tokens included, can move it.
+        """
+        text = self.render(user, system, response)
+        marker = uuid4().hex
+        before, _, _ = self.render(user, system, marker).partition(marker)
+        if not text.startswith(before):
+            # A template that rewrites this response (Qwen3 looks for a <think> block and renders it itself): the
+            # response is all in which the text differs from the prompt
+            before = commonprefix((text, self.render(user, system)))
+        if not text.endswith(self.closing):
+            raise UserError(f"the chat template of {self.folder} hides where this response ends: {response[-60:]!r}")
+        tokens = self.encode(text if ended else text[: len(text) - len(self.closing)])
+        last = len(tokens)
+        if ended:
+            # What follows the end-of-turn token (often a newline) is the template's. A special token splits the text,
+            # so those few tokens are the same whatever stands before them.
+            closing = self.encode(self.closing)
+            end = next((i for i, token in enumerate(closing) if token in self.stop_ids), len(closing) - 1)
+            last -= len(closing) - end - 1
+        # A token that straddles the seam ("\n" of the template, "\n" of the response) is the response's
+        opening = self.encode(before)
+        first = next((i for i, (a, b) in enumerate(zip(opening, tokens, strict=False)) if a != b), len(opening))
+        return Turn(tokens, min(first, last), last)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text; the template has written the special tokens, none are added."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text {text[:60]!r} has a lone surrogate, which is no character") from error
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of a response's tokens, special tokens included; a trailing stop token is dropped."""
+        if tokens and tokens[-1] in self.stop_ids:
+            tokens = tokens[:-1]
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def render(self, user: str, system: str | None = None, response: str | None = None) -> str:
+        """The chat as text: up to the response if there is one, else with the opening of an assistant's turn."""
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": user})
+        if response is not None:
+            messages.append({"role": "assistant", "content": response})
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=response is None, tools=None,
+                                        documents=None, **self.special, **self.options)
+        except Exception as error:  # a template is a program of a stranger's: it may raise anything
+            raise UserError(f"the chat template of {self.folder} fails on this chat: {error}") from error
+
+    def _compile(self, source: str) -> jinja2.Template:
+        """Compile the template in transformers' environment, sandboxed."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[GenerationBlock, jinja2.ext.loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template of {self.folder} is not valid Jinja: {error}") from error
+
+    def _closing(self) -> str:
+        """What the template puts after a response."""
+        marker = uuid4().hex
+        parts = self.render("question", None, marker).split(marker)
+        if len(parts) != 2:
+            raise UserError(f"the chat template of {self.folder} does not render an assistant's message once, as it is")
+        return parts[1]
+
+    def _end_of_turn_ids(self, config: ModelConfig) -> frozenset[int]:
+        """The special token with which the template closes a response; generation_config.json need not list it."""
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        closing = self.encode(self.closing)
+        ends = [token for token in closing if token in special or token in config.eos_ids]
+        if not ends and not config.eos_ids:
+            raise UserError(f"{self.folder} names no eos_token_id, and its chat template ends a response with none")
+        return frozenset(ends[:1])
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, ensure_ascii: bool = False, **layout: object) -> str:
+    """The tojson filter of chat templates; Jinja's own escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+
+def _content(token: str | dict) -> str:
+    """A special token as text; tokenizer_config.json has it as such or as an object."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _find_template(folder: Path, settings: dict) -> str:
+    """The template's source: chat_template.jinja, else in tokenizer_config.json, as a string or a list with names."""
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise UserError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json); "
+                        "base models have none: take the instruct or chat version")
+    return template

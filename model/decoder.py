@@ -1,0 +1,156 @@
+"""The decoder: one model for Llama, Mistral, Qwen2 and Qwen3, and for training, prefill and cached decoding.
+
+It works on a flat stream of T tokens and never sees a batch dimension or padding: sequences lie one behind the other
+("packed"), and an `Attend` (attention.py) knows where each begins, who may look at whom, and whether keys and values
+come from a cache. Module names are Hugging Face's, so that checkpoints and adapters need no table of names.
+
+Shapes: T tokens, E hidden_size, H query heads, K key/value heads, D head_dim, F intermediate_size, V vocab_size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attend
+from model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), computed in float32 as the checkpoints were trained."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, size) to the same shape and dtype."""
+        # F.rms_norm in one call would round once less than the reference in bfloat16: it scales before the cast
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.dim = dim
+        self.q_proj = nn.Linear(size, config.num_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(size, config.num_kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(size, config.num_kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * dim, size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        """(T, E) to (T, E)."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.dim))  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.dim))  # (T, K, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return self.o_proj(attend(layer, q, k, v).flatten(-2))  # (T, H, D) → (T, E)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, E) to (T, E)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) → (T, E)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        """(T, E) to (T, E)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head. `weights.load` fills it from a checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        # A buffer, so that it moves with the model; not in the state dict, since no checkpoint needs to bring it
+        self.register_buffer("frequencies", inverse_frequencies(config), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states, (T, E), of tokens (T,) int64 at positions (T,) int64 within their sequences.
+
+        The head is left to the caller, who needs it for few of the T: the supervised ones in training, the last of
+        each sequence in sampling.
+        """
+        x = self.embed_tokens(tokens)  # (T, E)
+        rotation = self.rotation(positions, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, attend, i)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, E) hidden states to (N, V) logits in float32."""
+        return self.lm_head(hidden).float()
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (T, 1, D/2), of rotary embeddings at `positions`; angles are float32 throughout."""
+        angles = positions[:, None, None].float() * self.frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of x (T, heads, D), pairing dimension i with i + D/2 as HF does."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """(D/2,) float32 angle per position of each pair of dimensions, stretched as the checkpoint's rope type says."""
+    # on the CPU even where the model is being built on the meta device, which holds no values
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**pairs
+    scaling = config.rope_scaling
+    if config.rope_type == "linear":  # position interpolation, arXiv 2306.15595
+        return frequencies / scaling["factor"]
+    if config.rope_type == "llama3":
+        # Llama 3.1: wavelengths that fit many times into the original context stay, those longer than it are
+        # stretched by `factor`, and between the two bounds the stretch fades in
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return frequencies

@@ -1,0 +1,68 @@
+"""The training loss: summed negative log-likelihood of the supervised tokens, without all of their logits at once.
+
+A vocabulary of 152k makes the logits the largest tensor of a training step by far: 4,096 tokens are 2.5 GB, and the
+gradient as much again. Here a chunk of positions at a time goes through head, softmax and back, so that what is kept
+is the gradient with respect to the hidden states, of hidden_size a token (as Liger-Kernel does, arXiv 2410.10989).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import Packed
+from model.decoder import Decoder
+
+CHUNK = 256  # positions whose logits exist at once
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """Sum of -log p(target); both gradients are computed on the way forward, while the chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = (hidden[part] @ weight.T).float()  # (C, V)
+            rows = torch.arange(len(logits), device=logits.device)
+            total += logits.logsumexp(-1).sum() - logits[rows, targets[part]].sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d/dlogits of the sum: softmax - one-hot
+            grad_logits = logits.softmax(-1)
+            grad_logits[rows, targets[part]] -= 1
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return *(None if saved is None else grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None
+
+
+def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over positions of -log softmax(hidden @ weight.T)[target], float32, differentiable.
+
+    hidden (N, E) of the positions before the targets, weight (V, E) of the head, targets (N,) int64.
+    """
+    return _ChunkedNLL.apply(hidden, weight, targets)
+
+
+def nll_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What `chunked_nll` computes, with all N × V logits at once."""
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+
+
+@torch.inference_mode()
+def response_logprobs(model: Decoder, tokens: list[int], first: int, last: int) -> Tensor:
+    """Log-probabilities (last - first,) float32 of tokens[first:last] given all before them, by the trainer's path."""
+    stream = torch.tensor(tokens, device=model.device)
+    hidden = model(stream, torch.arange(len(tokens), device=model.device), Packed([len(tokens)]))
+    logits = model.logits(hidden[first - 1 : last - 1])
+    return logits.log_softmax(-1).gather(1, stream[first:last, None])[:, 0]

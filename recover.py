@@ -1,0 +1,182 @@
+"""The whole experiment for one pair: what off-model SFT costs a student, and what brings it back.
+
+    python recover.py --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-Coder-0.5B-Instruct \\
+        --prompts alpaca --n-train 64 --benchmarks mmlu math500 --n 20 --max-new-tokens 128 --recover-with 8 32 \\
+        --out runs/smoke
+
+Each stage is a command of generate.py, train.py or evaluate.py, printed as it starts, that can be run by hand as well:
+
+    teacher.jsonl    the teacher's responses to the first --n-train prompts
+    native.jsonl     the student's own responses to the prompts behind them
+    off_model/       the student fine-tuned on teacher.jsonl
+    recovered/N/     off_model fine-tuned further on the first N rows of native.jsonl
+    evals/…          base, teacher, off_model, recovered_N and, with --controls, control_…
+    report.md        with report.json and figures/
+
+A stage that is done is not run again; the same command continues an experiment that was stopped.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import time
+from pathlib import Path
+from types import ModuleType
+
+import evaluate
+import generate
+import train
+from base.errors import run_script
+from base.options import Parser, device_options, number, positive_int
+
+TRAINING = ("rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup", "clip", "weight_decay", "seed",
+            "micro_batch_tokens", "save_every")  # passed on as they are; epochs and batch differ between the stages
+MACHINE = ("device", "dtype", "template_options")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--student", required=True, metavar="M", help="hub name or folder of the model to fine-tune")
+    parser.add_argument("--teacher", required=True, metavar="M", help="hub name or folder of the model to learn from")
+    parser.add_argument("--prompts", default="alpaca", metavar="P", help="alpaca, or a JSONL file with id and prompt")
+    parser.add_argument("--n-train", type=positive_int, default=1000, metavar="N", help="teacher responses")
+    parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "math500"], metavar="NAME",
+                        help="mmlu, math500, or JSONL files of problems")
+    parser.add_argument("--n", type=positive_int, default=200, help="problems of each benchmark")
+    parser.add_argument("--recover-with", type=positive_int, nargs="+", default=[8, 32, 128], metavar="N",
+                        help="numbers of native examples, a recovered checkpoint each")
+    parser.add_argument("--controls", action="store_true", help="also SFT on native data, noise, more teacher data")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
+    parser.add_argument("--temperature", type=number(float, low=0), default=0.7,
+                        help="of training data; benchmarks are answered greedily")
+    parser.add_argument("--recover-epochs", type=positive_int, default=2, help="passes over the native examples")
+    parser.add_argument("--recover-batch-tokens", type=positive_int, default=1024,
+                        help="tokens of an optimiser step in recovery, at most")
+    parser.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the experiment's folder")
+    train.training_options(parser)
+    device_options(parser)
+    args = parser.parse_args(argv)
+    args.recover_with = sorted(set(args.recover_with))
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages, in order."""
+    args = parse(argv)
+    from base.files import read_json, same_run_folder, write_json, write_record
+    from base.hub import fingerprint, model_folder
+    from base.options import resolve_device
+    from data.benchmarks import load_benchmark
+    from data.prompts import load_prompts
+
+    # Whatever can be wrong with the input is found before the first hour is spent
+    out, most = args.out, args.recover_with[-1]
+    same_result = ("out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
+    options = {name: value for name, value in vars(args).items() if name not in same_result}
+    options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
+    for role in ("student", "teacher"):
+        options[f"{role}_revision"] = fingerprint(model_folder(getattr(args, role)))
+    _, prompts = load_prompts(args.prompts, 0, args.n_train + most)
+    benchmarks = [load_benchmark(name, args.n, 0) for name in args.benchmarks]
+    options["prompts_sha256"] = prompts["sha256"]
+    options["benchmarks"] = {benchmark.name: benchmark.dataset["sha256"] for benchmark in benchmarks}
+    if same_run_folder(out / "config.json", options) and (out / "report.json").exists():
+        print(f"{out}: done already; see {out / 'report.md'}")
+        return
+    check_sampler(args)
+    write_record(out / "config.json", options,
+                 {"prompts": prompts, "benchmark_data": [benchmark.dataset for benchmark in benchmarks]})
+    seconds = read_json(out / "seconds.json") if (out / "seconds.json").exists() else {}
+
+    def run(script: ModuleType, place: str, *arguments: object) -> Path:
+        """Run one stage, a script's command that writes `place`, and note its time; returns the place's path."""
+        words = [*map(str, arguments), *as_arguments(args, MACHINE), "--out", str(out / place)]
+        print(f"\n$ python {script.__name__}.py {shlex.join(words)}", flush=True)
+        start = time.perf_counter()
+        try:
+            script.main(words)
+        finally:
+            seconds[place] = round(seconds.get(place, 0) + time.perf_counter() - start, 1)
+            write_json(out / "seconds.json", seconds)
+            gc.collect()  # the stage's model, before the next one loads its own
+        return out / place
+
+    sampling = as_arguments(args, ("max_new_tokens", "slots", "seed"))
+    prompting = ("--prompts", args.prompts, "--temperature", args.temperature, *sampling)
+    benchmarking = ("--benchmarks", *args.benchmarks, "--n", args.n, *sampling)
+    first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …
+    behind = ("--skip", args.n_train, "--n", most)  # … and of recovery, which are others
+    learning = ("--model", args.student, *as_arguments(args, TRAINING))
+    sft = (*learning, *as_arguments(args, ("epochs", "steps", "batch_tokens")))
+    recovery = (*learning, "--epochs", args.recover_epochs, "--batch-tokens", args.recover_batch_tokens)
+
+    teacher_rows = run(generate, "teacher.jsonl", "--model", args.teacher, *first, *prompting)
+    run(evaluate, "evals/teacher", "--model", args.teacher, *benchmarking)
+    native_rows = run(generate, "native.jsonl", "--model", args.student, *behind, *prompting)
+    run(evaluate, "evals/base", "--model", args.student, *benchmarking)
+    off_model = run(train, "off_model", "--data", teacher_rows, *sft)
+
+    def evaluate_adapter(checkpoint: str, adapter: Path, *more: object) -> None:
+        run(evaluate, f"evals/{checkpoint}", "--model", args.student, "--adapter", adapter, *more, *benchmarking)
+
+    evaluate_adapter("off_model", off_model)
+    for n in args.recover_with:
+        adapter = run(train, f"recovered/{n}", "--adapter", off_model, "--data", native_rows, "--n", n, *recovery)
+        evaluate_adapter(f"recovered_{n}", adapter)
+
+    if args.controls:
+        own_rows = run(generate, "controls/native.jsonl", "--model", args.student, *first, *prompting)
+        evaluate_adapter("control_native", run(train, "controls/native", "--data", own_rows, *sft))
+        evaluate_adapter("control_noise", off_model, "--scramble", args.seed)
+        more_rows = run(generate, "controls/more_teacher.jsonl", "--model", args.teacher, *behind, *prompting)
+        adapter = run(train, "controls/more_teacher", "--adapter", off_model, "--data", more_rows, *recovery)
+        evaluate_adapter("control_more_teacher", adapter)
+
+    from analysis.report import summary_table, write_report
+
+    report = write_report(out, args.student, args.teacher, seconds)
+    print(f"\n{summary_table(report)}\n{out / 'report.md'}")
+
+
+def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Options as they would be typed; one that is not set is left out."""
+    words = []
+    for name in names:
+        value = getattr(args, name)
+        if value in (None, {}):
+            continue
+        values = value if isinstance(value, list | tuple) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
+
+
+def check_sampler(args: argparse.Namespace) -> None:
+    """Assert that sampler and trainer give the same log-probabilities for the same tokens.
+
+    Whatever breaks this (a mask, a cache, a position) makes "native" data foreign, and the experiment measure a bug.
+    """
+    import torch
+
+    from model.loss import response_logprobs
+    from model.sampler import Sampler
+
+    model, chat = generate.load_model(argparse.Namespace(**vars(args), model=args.student, adapter=None))
+    sampler = Sampler(model, chat.stop_ids, max_new_tokens=24, temperature=1.0, seed=args.seed)
+    questions = ("Name three primary colours.", "Why is the sky blue? Answer in one sentence.", "Count to five.")
+    prompts = {question: chat.prompt(question) for question in questions}
+    worst = 0.0
+    for response in sampler.generate(list(prompts.items())):
+        prompt = prompts[response.id]
+        expected = response_logprobs(model, prompt + response.tokens, len(prompt), len(prompt) + len(response.tokens))
+        worst = max(worst, (expected.cpu() - torch.tensor(response.logprobs)).abs().max().item())
+    # 8 bits of mantissa through 30 layers: in bfloat16 a log-probability moves by some hundredths
+    bound = 1e-3 if model.embed_tokens.weight.dtype == torch.float32 else 0.5
+    assert worst < bound, f"sampler and trainer disagree: a log-probability differs by {worst}"
+    print(f"sampler and trainer agree: log-probabilities within {worst:.1e}")
+
+
+if __name__ == "__main__":
+    run_script(main)

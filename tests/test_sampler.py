@@ -1,0 +1,188 @@
+"""The sampler: cached decoding, continuous batching, and randomness that belongs to the row."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QWEN, SMOLLM2
+
+from base.errors import UserError
+from base.hub import model_folder
+from data.prompts import load_prompts
+from model import lora, weights
+from model.attention import Packed
+from model.chat import Chat
+from model.decoder import Decoder
+from model.loss import response_logprobs
+from model.sampler import Response, Sampler, choose, row_uniforms, score_next
+
+NOTHING = frozenset()
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Decoder:
+    return weights.load(tiny, torch.device("cpu"), torch.float32)
+
+
+def ragged_prompts(vocab: int, count: int = 13) -> list[tuple[str, list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 50, (count,), generator=generator).tolist()
+    return [(f"row {i}", torch.randint(vocab, (length,), generator=generator).tolist())
+            for i, length in enumerate(lengths)]
+
+
+def sample(model: Decoder, prompts: list, **settings: object) -> dict[str, Response]:
+    sampler = Sampler(model, settings.pop("stop_ids", NOTHING), **{"max_new_tokens": 40} | settings)
+    found = list(sampler.generate(prompts))
+    assert len(found) == len(prompts)
+    return {response.id: response for response in found}
+
+
+@torch.no_grad()
+def greedy_without_cache(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    """The obvious way: the whole sequence through the model for each token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), Packed([len(tokens)]))
+        tokens.append(model.logits(hidden[-1:]).argmax().item())
+    return tokens[len(prompt) :]
+
+
+def test_cached_decoding_equals_the_full_forward(model: Decoder) -> None:
+    prompts = ragged_prompts(model.config.vocab_size)
+    found = sample(model, prompts)
+    for id, prompt in prompts:
+        assert found[id].tokens == greedy_without_cache(model, prompt, 40)
+        assert found[id].finish_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_rows_do_not_depend_on_their_batch(model: Decoder, temperature: float) -> None:
+    """Any number of slots, any order, alone or together: the same tokens, and log-probabilities to the bit."""
+    prompts = ragged_prompts(model.config.vocab_size)
+    stop = frozenset(range(0, 300, 25))  # rows end at different times, so that slots move and are refilled
+    together = sample(model, prompts, temperature=temperature, stop_ids=stop, slots=64)
+    assert len({len(response.tokens) for response in together.values()}) > 3
+    for slots in (1, 2, 5):
+        assert sample(model, prompts[::-1], temperature=temperature, stop_ids=stop, slots=slots) == together
+    for prompt in prompts:
+        assert sample(model, [prompt], temperature=temperature, stop_ids=stop) == {prompt[0]: together[prompt[0]]}
+
+
+def test_sampler_and_trainer_agree(model: Decoder) -> None:
+    """Log-probabilities of sampled tokens by the cache and by the trainer's packed forward; with an adapter too."""
+    prompts = ragged_prompts(model.config.vocab_size)
+    for adapted in (False, True):
+        if adapted:
+            lora.attach(model, lora.LoRAConfig(rank=4), seed=2)
+            for adapter in lora.adapted(model).values():
+                torch.nn.init.normal_(adapter.lora_B, std=0.1)
+        found = sample(model, prompts, temperature=1.0)
+        for id, prompt in prompts:
+            tokens = found[id].tokens
+            expected = response_logprobs(model, prompt + tokens, len(prompt), len(prompt) + len(tokens))
+            assert torch.allclose(expected, torch.tensor(found[id].logprobs), atol=1e-4)
+    lora.detach(model)
+
+
+def test_stop_and_length(model: Decoder) -> None:
+    prompts = ragged_prompts(model.config.vocab_size)
+    free = sample(model, prompts)
+    stop = frozenset([free["row 0"].tokens[5], free["row 3"].tokens[0]])
+    for id, response in sample(model, prompts, stop_ids=stop).items():
+        cut = next((i + 1 for i, token in enumerate(free[id].tokens) if token in stop), None)
+        assert response.tokens == free[id].tokens[:cut]
+        assert response.finish_reason == ("stop" if cut else "length")
+
+
+def test_context_limits_the_response(model: Decoder) -> None:
+    context = model.config.max_positions
+    response = sample(model, [("long", [5] * (context - 3))], max_new_tokens=40)["long"]
+    assert (len(response.tokens), response.finish_reason) == (3, "length")
+    with pytest.raises(UserError, match=f"{context} tokens"):
+        sample(model, [("too long", [5] * context)])
+
+
+def test_seeds(model: Decoder) -> None:
+    prompts = ragged_prompts(model.config.vocab_size)
+    first = sample(model, prompts, temperature=1.0, seed=1)
+    assert first == sample(model, prompts, temperature=1.0, seed=1)
+    assert first != sample(model, prompts, temperature=1.0, seed=2)
+    # the same prompt under another id is another sample
+    twins = sample(model, [("a", [7, 8, 9]), ("b", [7, 8, 9])], temperature=1.0)
+    assert twins["a"].tokens != twins["b"].tokens
+    assert not np.array_equal(row_uniforms(1, "a", 4), row_uniforms(11, "a", 4))
+
+
+def chosen_shares(logits: torch.Tensor, **settings: float) -> torch.Tensor:
+    """How often each token is chosen when the uniform numbers are a fine grid."""
+    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    tokens = choose(logits.expand(len(grid), -1), grid, **settings)
+    return torch.bincount(tokens, minlength=logits.shape[-1]) / len(grid)
+
+
+def test_choice_follows_the_distribution() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, 1.0, float("-inf"), 1.9])
+    assert torch.allclose(chosen_shares(logits, temperature=1.0), logits.softmax(-1), atol=1e-3)
+    assert torch.allclose(chosen_shares(logits, temperature=0.5), (logits / 0.5).softmax(-1), atol=1e-3)
+    assert choose(logits[None], torch.zeros(1), temperature=0).item() == 0
+
+
+def test_top_k_and_top_p() -> None:
+    probabilities = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    logits = probabilities.log()
+    expected = torch.tensor([0, 0.4, 0, 0.3, 0]) / 0.7
+    assert torch.allclose(chosen_shares(logits, temperature=1.0, top_k=2), expected, atol=1e-3)
+    assert torch.allclose(chosen_shares(logits, temperature=1.0, top_p=0.69), expected, atol=1e-3)
+    expected = torch.tensor([0, 0.4, 0.15, 0.3, 0]) / 0.85
+    assert torch.allclose(chosen_shares(logits, temperature=1.0, top_p=0.71), expected, atol=1e-3)
+    # after top_k has cut to 0.4 and 0.3, half of what remains is the first alone
+    assert chosen_shares(logits, temperature=1.0, top_k=2, top_p=0.5)[1] == 1
+    # a nucleus beyond the likeliest 1,024
+    flat = torch.zeros(1, 5000)
+    assert len(chosen_shares(flat, temperature=1.0, top_p=0.9).nonzero()) == 5000  # ties are kept together
+    slope = torch.linspace(0, 1, 5000)[None]
+    mass = slope.softmax(-1)[0].flip(0).cumsum(0)
+    assert chosen_shares(slope, temperature=1.0, top_p=0.5).nonzero().min() >= 5000 - (mass < 0.5).sum() - 1
+
+
+def test_transformers_cuts_the_same_nucleus() -> None:
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(8, 400, generator=torch.Generator().manual_seed(0)) * 3
+    warped = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(50)(None, logits))
+    for row, expected in zip(logits, warped, strict=True):
+        kept = chosen_shares(row[None], temperature=1.0, top_k=50, top_p=0.8) > 0
+        # the grid of uniform numbers misses tokens of less than 1 in 20,000
+        assert torch.equal(kept, torch.isfinite(expected) & (expected.softmax(-1) > 1e-4))
+
+
+def test_score_next_equals_one_at_a_time(model: Decoder) -> None:
+    prompts = [tokens for _, tokens in ragged_prompts(model.config.vocab_size, 150)]  # more than one packed pass
+    scores = score_next(model, prompts, (3, 250, 7))
+    for prompt, found in zip(prompts, scores, strict=True):
+        expected = response_logprobs(model, [*prompt, 0], len(prompt), len(prompt) + 1)  # of token 0: the normaliser
+        with torch.no_grad():
+            hidden = model(torch.tensor(prompt), torch.arange(len(prompt)), Packed([len(prompt)]))
+            logits = model.logits(hidden[-1:])[0]
+        assert torch.allclose(found, logits[[3, 250, 7]] - logits[0] + expected, atol=1e-4)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [SMOLLM2, QWEN])
+def test_greedy_equals_transformers_on_real_checkpoints(name: str) -> None:
+    """16 Alpaca prompts, 64 tokens: our ragged batch with refilled slots against transformers, one at a time."""
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(name)
+    ours = weights.load(folder, torch.device("cpu"), torch.float32)
+    chat = Chat(folder, ours.config)
+    prompts = [(row["id"], chat.prompt(row["prompt"])) for row in load_prompts("alpaca", 0, 16)[0]]
+    found = sample(ours, prompts, stop_ids=chat.stop_ids, max_new_tokens=64, slots=12)
+    theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    for id, prompt in prompts:
+        with torch.inference_mode():
+            out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                                  max_new_tokens=64)
+        assert found[id].tokens == out[0, len(prompt) :].tolist()

@@ -1,0 +1,271 @@
+"""The training mathematics: loss, packing, LoRA files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+
+from base.errors import UserError
+from data.packing import Example, epoch_order, group, pack, plan_steps
+from model import lora, weights
+from model.attention import Packed
+from model.decoder import Decoder
+from model.loss import CHUNK, chunked_nll, nll_reference
+
+CPU = torch.device("cpu")
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def adapted_model(folder: Path, scale: float = 0.1, **settings: object) -> tuple[Decoder, lora.LoRAConfig]:
+    model = weights.load(folder, CPU, torch.float32)
+    config = lora.LoRAConfig(**{"rank": 4, "alpha": 8.0} | settings)
+    lora.attach(model, config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for adapter in lora.adapted(model).values():
+        adapter.lora_B.data.normal_(0, scale, generator=generator)
+    return model, config
+
+
+def examples(vocab: int, count: int = 8) -> list[Example]:
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for i in range(count):
+        length = int(torch.randint(6, 60, (1,), generator=generator))
+        tokens = torch.randint(vocab, (length,), generator=generator).tolist()
+        made.append(Example(str(i), tokens, first=1 + i % 4, last=length - i % 2))
+    return made
+
+
+@torch.no_grad()
+def logits_of(model: Decoder, tokens: list[int]) -> torch.Tensor:
+    return model.logits(model(torch.tensor(tokens), torch.arange(len(tokens)), Packed([len(tokens)])))
+
+
+def gradients(model: Decoder, batches: list[list[Example]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradients of one optimiser step over these micro-batches."""
+    model.zero_grad()
+    supervised = sum(example.supervised for batch in batches for example in batch)
+    loss = 0.0
+    for batch in batches:
+        packed = pack(batch, CPU)
+        hidden = model(packed.tokens, packed.positions, Packed(packed.lengths))
+        nll = chunked_nll(hidden[packed.sources], model.lm_head.weight, packed.targets) / supervised
+        nll.backward()
+        loss += nll.item()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss, {name: parameter.grad.clone() for name, parameter in trained.items()}
+
+
+@pytest.mark.parametrize("vocab", [300, 151_936])
+def test_chunked_loss_equals_the_plain_one(vocab: int) -> None:
+    torch.manual_seed(0)
+    count = CHUNK + 44  # a whole chunk and a part
+    hidden, weight = torch.randn(count, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
+    targets = torch.randint(vocab, (count,))
+    found = []
+    for loss in (chunked_nll, nll_reference):
+        value = loss(hidden, weight, targets)
+        found.append((value.detach(), *torch.autograd.grad(0.3 * value, (hidden, weight))))
+    for ours, theirs in zip(*found, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
+    chunked_nll(hidden, weight, torch.arange(5)).backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_packed_gradients_equal_one_at_a_time(tiny: Path) -> None:
+    """1 × 8 packed, 8 × 1 accumulated, and 3 + 5: the same loss and the same gradients."""
+    model, _ = adapted_model(tiny)
+    rows = examples(model.config.vocab_size)
+    assert len({row.supervised for row in rows}) > 4  # unequal lengths: where a mean of means would go wrong
+    loss, expected = gradients(model, [[row] for row in rows])
+    for batches in ([rows], [rows[:3], rows[3:]], [rows[::-1]]):
+        packed_loss, packed = gradients(model, batches)
+        assert abs(packed_loss - loss) < 1e-5 * loss
+        assert all(relative(packed[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_targets_are_the_supervised_tokens(tiny: Path) -> None:
+    rows = [Example("a", [5, 6, 7, 8], 2, 4), Example("b", [9, 10, 11], 1, 2)]
+    batch = pack(rows, CPU)
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.targets.tolist() == [7, 8, 10]
+    assert batch.sources.tolist() == [1, 2, 4]  # each predicted from the token before it
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    assert epoch_order(50, 1, 0) == epoch_order(50, 1, 0)
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    lengths = [10 + i % 7 for i in range(50)]
+    flat = [[i for step in plan_steps(lengths, budget, seed=1, epochs=2) for i in step] for budget in (10, 64, 10_000)]
+    assert flat[0] == flat[1] == flat[2] == epoch_order(50, 1, 0) + epoch_order(50, 1, 1)
+
+
+def test_steps_and_budget() -> None:
+    lengths = [30, 30, 30, 200, 5]
+    assert list(group(range(5), lengths, 64)) == [[0, 1], [2], [3], [4]]
+    assert len(plan_steps(lengths, 64, seed=0, steps=13)) == 13
+    for step in plan_steps(lengths, 64, seed=0, epochs=3):
+        assert sum(lengths[i] for i in step) <= 64 or len(step) == 1
+
+
+def test_new_adapter_changes_nothing_and_detach_restores(tiny: Path) -> None:
+    model = weights.load(tiny, CPU, torch.float32)
+    tokens = list(range(20))
+    before = logits_of(model, tokens)
+    lora.attach(model, lora.LoRAConfig(rank=4))
+    assert torch.equal(logits_of(model, tokens), before)
+    lora.detach(model)
+    adapted, _ = adapted_model(tiny)
+    assert not torch.allclose(logits_of(adapted, tokens), before)
+    lora.detach(adapted)
+    assert torch.equal(logits_of(adapted, tokens), before)
+
+
+def test_dropout_only_in_training(tiny: Path) -> None:
+    model, _ = adapted_model(tiny, dropout=0.5)
+    tokens = list(range(20))
+    assert torch.equal(logits_of(model.eval(), tokens), logits_of(model, tokens))
+    assert not torch.equal(logits_of(model.train(), tokens), logits_of(model, tokens))
+
+
+@pytest.mark.parametrize("targets", [lora.PROJECTIONS, ("q_proj", "v_proj"), ("down_proj",)])
+def test_our_adapter_in_peft(targets: tuple[str, ...], tiny: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    model, config = adapted_model(tiny, targets=targets)
+    lora.save(model, config, tmp_path, str(tiny))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    tokens = list(range(40, 80))
+    with torch.no_grad():
+        assert relative(logits_of(model, tokens), theirs(torch.tensor([tokens])).logits[0]) < 1e-5
+
+
+PEFT_SETTINGS = {
+    "all": {"target_modules": "all-linear"},
+    "two": {"target_modules": ["q_proj", "up_proj"]},
+    "pattern": {"target_modules": r".*self_attn\.(q|k)_proj"},
+    "one layer": {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+    "rslora": {"target_modules": ["o_proj"], "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("case", PEFT_SETTINGS)
+def test_pefts_adapter_here(case: str, tiny: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **PEFT_SETTINGS[case]))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = list(range(40, 80))
+    model = weights.load(tiny, CPU, torch.float32)
+    before = logits_of(model, tokens)
+    config = lora.load(model, str(tmp_path / "theirs"))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits[0]
+    assert relative(logits_of(model, tokens), expected) < 1e-5
+    assert relative(before, expected) > 1e-3
+    # and what we save of it is the same adapter again
+    lora.save(model, config, tmp_path / "ours", str(tiny))
+    again = weights.load(tiny, CPU, torch.float32)
+    lora.load(again, str(tmp_path / "ours"))
+    assert relative(logits_of(again, tokens), expected) < 1e-5
+    theirs_again = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tmp_path / "ours")
+    with torch.no_grad():
+        assert relative(theirs_again(torch.tensor([tokens])).logits[0], expected) < 1e-5
+
+
+def test_adapter_scale(tiny: Path, tmp_path: Path) -> None:
+    model, config = adapted_model(tiny, scale=0.01)
+    lora.save(model, config, tmp_path, str(tiny))
+    tokens = list(range(30))
+    full = weights.load(tiny, CPU, torch.float32)
+    for scale in (0.0, 0.5, 1.0):
+        lora.load(full, str(tmp_path), scale)
+        expected = {name: scale * adapter.delta() for name, adapter in lora.adapted(model).items()}
+        assert all(torch.allclose(adapter.delta(), expected[name]) for name, adapter in lora.adapted(full).items())
+        lora.detach(full)
+    lora.load(full, str(tmp_path), 0.0)
+    lora.detach(model)
+    assert torch.equal(logits_of(full, tokens), logits_of(model, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_checkpoint_in_transformers(dtype: torch.dtype, tiny: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model, _ = adapted_model(tiny)
+    tokens = list(range(40, 80))
+    expected = logits_of(model, tokens)
+    lora.merge(model)
+    assert relative(logits_of(model, tokens), expected) < 1e-5
+    weights.save(model, tiny, tmp_path, dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == dtype
+    with torch.no_grad():
+        found = theirs.float()(torch.tensor([tokens])).logits[0]
+    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else 5e-2)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template
+    ours = weights.load(tmp_path, CPU, torch.float32)
+    assert relative(logits_of(ours, tokens), found) < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+def test_scrambled_weights_have_the_norm_of_the_delta(tiny: Path) -> None:
+    model, _ = adapted_model(tiny)
+    base = weights.load(tiny, CPU, torch.float32).state_dict()
+    norms = {name: adapter.delta().norm() for name, adapter in lora.adapted(model).items()}
+    deltas = {name: adapter.delta() for name, adapter in lora.adapted(model).items()}
+    lora.scramble(model, seed=3)
+    assert not lora.adapted(model)
+    for name, norm in norms.items():
+        noise = model.state_dict()[f"{name}.weight"] - base[f"{name}.weight"]
+        assert abs(noise.norm() / norm - 1) < 1e-4
+        assert abs((noise * deltas[name]).sum() / norm**2) < 0.3  # and another direction
+
+
+WRONG_ADAPTERS = {
+    "dora": {"use_dora": True}, "bias": {"bias": "all"}, "modules": {"modules_to_save": ["lm_head"]},
+    "ranks": {"rank_pattern": {"q_proj": 2}}, "kind": {"peft_type": "LOHA"}, "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ADAPTERS)
+def test_adapter_that_would_be_computed_wrongly_is_refused(case: str, tiny: Path, tmp_path: Path) -> None:
+    import json
+
+    model, config = adapted_model(tiny)
+    lora.save(model, config, tmp_path, str(tiny))
+    path = tmp_path / lora.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | WRONG_ADAPTERS[case]))
+    with pytest.raises(UserError, match=next(iter(WRONG_ADAPTERS[case]))):
+        lora.load(weights.load(tiny, CPU, torch.float32), str(tmp_path))
+
+
+def test_adapter_of_another_shape_is_refused(tiny: Path, tmp_path: Path) -> None:
+    build_model(tmp_path / "wide", hidden_size=64)
+    build_model(tmp_path / "deep", num_hidden_layers=3)
+    for other in ("wide", "deep"):
+        model, config = adapted_model(tmp_path / other)
+        lora.save(model, config, tmp_path / f"{other} adapter", other)
+        with pytest.raises(UserError, match="another model's"):
+            lora.load(weights.load(tiny, CPU, torch.float32), str(tmp_path / f"{other} adapter"))
+
+
+def test_rank_beyond_the_layer_is_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match="rank 17"):
+        lora.attach(weights.load(tiny, CPU, torch.float32), lora.LoRAConfig(rank=17))

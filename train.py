@@ -1,0 +1,285 @@
+"""Fine-tune a model on a JSONL of responses: LoRA (the default) or all weights.
+
+    python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data teacher.jsonl --out off_model
+
+Conversations are packed without padding and don't see each other. The loss is the mean over all supervised tokens of
+an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches. The state is
+saved as training goes, and the same command continues a run that was stopped.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from base.errors import UserError, run_script
+from base.options import Parser, device_options, number, positive_int
+from generate import model_identity
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.packing import Example
+    from model.chat import Chat
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STATE = "training_state.safetensors"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="M", help="hub name, or folder in Hugging Face layout")
+    parser.add_argument("--adapter", metavar="DIR", help="continue training this LoRA adapter")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl",
+                        help="rows with id, prompt, response and, if any, system")
+    parser.add_argument("--n", type=positive_int, help="take the first rows only (default: all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the adapter, or with --full the model")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
+    parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
+                        help="longest conversation (default: the model's context)")
+    parser.add_argument("--drop-long", action="store_true", help="leave out longer ones instead of stopping")
+    training_options(parser)
+    device_options(parser)
+    args = parser.parse_args(argv)
+    args.adapter_scale = 1.0
+    if args.full and args.adapter:
+        parser.error("--full trains the model's own weights, and --adapter an adapter: give one of them")
+    if args.dtype == "float16":
+        parser.error("--dtype float16 underflows in training: float32 or bfloat16 would do")
+    return args
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of training."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--rank", type=positive_int, default=16, help="of a new LoRA adapter")
+    group.add_argument("--alpha", type=number(float, above=0), help="its scale × rank (default: twice the rank)")
+    group.add_argument("--dropout", type=number(float, low=0, high=0.99), default=0.0, help="on its input")
+    group.add_argument("--targets", nargs="+", metavar="LAYER", choices=PROJECTIONS, default=PROJECTIONS,
+                       help="layers of a block that get one")
+    group.add_argument("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate of AdamW")
+    group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
+    group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
+    group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    group.add_argument("--steps", type=positive_int, help="optimiser steps, instead of --epochs")
+    group.add_argument("--batch-tokens", type=positive_int, default=4096, help="tokens of an optimiser step, at most")
+    group.add_argument("--micro-batch-tokens", type=positive_int, default=1024,
+                       help="tokens in one forward pass: lower it if memory runs out; changes no result")
+    group.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest norm of the gradient")
+    group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="of AdamW")
+    group.add_argument("--seed", type=int, default=0, help="of order, initialisation and dropout")
+    group.add_argument("--save-every", type=positive_int, default=1, metavar="STEPS",
+                       help="how often the state is saved, for a run that is stopped")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Response rows in, adapter or model out."""
+    args = parse(argv)
+    from base.files import same_run_folder, sha256, write_record
+    from data.rows import GrowingRows, read_rows
+
+    rows = read_rows(args.data, needed=("id", "prompt", "response"))
+    if args.n is not None and args.n > len(rows):
+        raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
+    rows = rows[: args.n]
+    deciding = ("n", "full", "max_length", "drop_long", "rank", "alpha", "dropout", "targets", "lr", "schedule",
+                "warmup", "epochs", "steps", "batch_tokens", "clip", "weight_decay", "seed")
+    options = {"data_sha256": sha256(args.data), **model_identity(args),
+               **{name: getattr(args, name) for name in deciding}}
+    record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
+    if same_run_folder(record, options) and (args.out / "metrics.jsonl").exists():
+        (args.out / STATE).unlink(missing_ok=True)
+        print(f"{args.out}: done already")
+        return
+
+    import torch
+    from tqdm import tqdm
+
+    from base.hub import model_folder
+    from base.options import resolve_device
+    from data.packing import group, pack, plan_steps
+    from model import lora, weights
+    from model.attention import Packed
+    from model.chat import Chat
+    from model.loss import chunked_nll
+
+    # The model, with what is trained switched on
+    folder = model_folder(args.model)
+    device, dtype = resolve_device(args.device, args.dtype)
+    # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
+    model = weights.load(folder, device, torch.float32 if args.full else dtype)
+    if args.full:
+        model.requires_grad_(True)
+    elif args.adapter:
+        config = lora.load(model, args.adapter)
+    else:
+        config = lora.LoRAConfig(args.rank, args.alpha or 2.0 * args.rank, args.dropout, tuple(args.targets))
+        lora.attach(model, config, args.seed)
+    model.train()
+    autocast = args.full and dtype != torch.float32
+    precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
+
+    # The data, and the examples of every step
+    chat = Chat(folder, model.config, args.template_options)
+    examples, dropped = encode_rows(chat, rows, args.max_length or model.config.max_positions, args.drop_long)
+    lengths = [len(example.tokens) for example in examples]
+    plan = plan_steps(lengths, args.batch_tokens, args.seed, args.epochs, args.steps)
+    facts = {"data": str(args.data), "adapter": args.adapter,
+             "rows": len(rows), "dropped": dropped, "conversations": len(examples),
+             "cut_responses": sum(row.get("finish_reason") == "length" for row in rows), "tokens": sum(lengths),
+             "supervised_tokens": sum(example.supervised for example in examples), "steps": len(plan)}
+    print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped = {facts['conversations']} conversations "
+          f"({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} tokens, "
+          f"{facts['supervised_tokens']} supervised, {facts['steps']} steps")
+    print(show_example(chat, examples[plan[0][0]]))
+
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    write_record(record, options, facts)
+    start = load_state(args.out / STATE, parameters, optimizer)
+    with (GrowingRows(args.out / "metrics.jsonl", key="step") as metrics,
+          tqdm(total=len(plan), initial=start, desc=args.out.name, unit="step", disable=None) as progress):
+        for step in range(start, len(plan)):
+            began = time.perf_counter()
+            torch.manual_seed(step_seed(args.seed, step))  # dropout: the same when the run is taken up here
+            lr = learning_rate(step, len(plan), args.lr, args.schedule, args.warmup)
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = lr
+            supervised = sum(examples[i].supervised for i in plan[step])
+            loss = 0.0
+            for part in group(plan[step], lengths, args.micro_batch_tokens):
+                batch = pack([examples[i] for i in part], device)
+                with precision:
+                    hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
+                    # the head sees the places that predict a supervised token, and no others
+                    nll = chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets)
+                # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
+                (nll / supervised).backward()
+                loss += nll.item() / supervised
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                ids = ", ".join(examples[i].id for i in plan[step][:10])
+                raise UserError(f"the loss is {loss} and its gradient {norm} at step {step + 1} (rows {ids}); a lower "
+                                "--lr would do, unless a row is to blame")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - began
+            tokens = sum(lengths[i] for i in plan[step])
+            metrics.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+                            "supervised_tokens": supervised, "seconds": round(seconds, 3),
+                            "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mb": peak_memory(device)})
+            if (step + 1) % args.save_every == 0:
+                save_state(args.out / STATE, parameters, optimizer, step + 1)
+            progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+            progress.update()
+
+        if args.full:
+            weights.save(model, folder, args.out, dtype)
+        else:
+            lora.save(model, config, args.out, args.model)
+        metrics.finish(metrics.rows[step] for step in range(1, len(plan) + 1))  # last: it says that all is there
+    (args.out / STATE).unlink(missing_ok=True)
+    print(f"{args.out}: loss {metrics.rows[1]['loss']:.4f} at the first step, {metrics.rows[len(plan)]['loss']:.4f} at "
+          f"the last, {sum(row['seconds'] for row in metrics.rows.values()):.0f} s")
+
+
+def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -> tuple[list["Example"], list[str]]:
+    """Conversations as token ids with their supervised spans, and the ids of those left out for their length."""
+    from data.packing import Example
+
+    examples, long = [], []
+    for row in rows:
+        if not row["response"].strip():
+            raise UserError(f"the response of {row['id']} is empty: there is nothing to train on; leave the row out")
+        ended = row.get("finish_reason") != "length"
+        turn = chat.turn(row["prompt"], row["response"], row.get("system"), ended)
+        if len(turn.tokens) > longest:
+            long.append(row["id"])
+        else:
+            examples.append(Example(row["id"], turn.tokens, turn.first, turn.last))
+    if long and not drop_long:
+        raise UserError(f"{len(long)} of {len(rows)} conversations are longer than {longest} tokens "
+                        f"({', '.join(long[:10])}{', …' if len(long) > 10 else ''}); raise --max-length, or leave them "
+                        "out with --drop-long")
+    if not examples:
+        raise UserError(f"all {len(rows)} conversations are longer than {longest} tokens; raise --max-length")
+    return examples, long
+
+
+def show_example(chat: "Chat", example: "Example") -> str:
+    """A conversation with its supervised part in green (between ⟦ ⟧ where there are no colours), so that a wrong
+    mask is seen."""
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    spans = (slice(0, example.first), slice(example.first, example.last), slice(example.last, None))
+    prompt, response, rest = (chat.tokenizer.decode(example.tokens[span], skip_special_tokens=False) for span in spans)
+    return f"{prompt}{before}{response}{after}{rest}"
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Of step 0 … steps - 1: up in a straight line over the first steps · warmup, then as `schedule` says, to 0."""
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return peak * (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for one step's dropout."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=7).digest(), "little")
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Most memory held so far, in MB (10⁶ bytes): on a GPU by tensors, on the CPU by the process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 10**6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) // 10**6
+
+
+def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizer: "torch.optim.Optimizer",
+               step: int) -> None:
+    """Save what the next step starts from: parameters and AdamW's moments; order and dropout follow from the step."""
+    from safetensors.torch import save_file
+
+    from base.files import whole
+
+    tensors = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"{name}:value": parameter.data, f"{name}:first": state["exp_avg"],
+                    f"{name}:second": state["exp_avg_sq"], f"{name}:step": state["step"]}
+    with whole(path) as part:
+        save_file(tensors, part, metadata={"step": str(step)})
+
+
+def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizer: "torch.optim.Optimizer") -> int:
+    """Take up a saved state; returns the steps that are done, 0 where there is none."""
+    from safetensors import safe_open
+
+    from model.weights import read_tensors
+
+    if not path.exists():
+        return 0
+    tensors = read_tensors(path)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"{name}:value"])
+        optimizer.state[parameter] = {
+            "step": tensors[f"{name}:step"].clone(),
+            "exp_avg": tensors[f"{name}:first"].to(parameter.device, copy=True),
+            "exp_avg_sq": tensors[f"{name}:second"].to(parameter.device, copy=True),
+        }
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+if __name__ == "__main__":
+    run_script(main)
