@@ -5,7 +5,7 @@ from pathlib import Path
 
 from analysis.statistics import paired_difference, summarise
 from base.errors import UserError
-from base.files import whole, write_json, write_text
+from base.files import read_json, whole, write_json, write_text
 from data.rows import read_rows
 
 ORDER = ("base", "teacher", "off_model")  # then recovered_<N>, then control_<name>
@@ -37,8 +37,8 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
     """Graded rows by checkpoint and benchmark, of the finished evaluations; all on the same problems."""
     found = {path.parent.name: path.parent for path in folder.glob("*/summary.json")}
     named = sorted(found, key=_position)
-    rows = {name: {path.stem: read_rows(path) for path in sorted(found[name].glob("*.jsonl"))
-                   if not path.stem.endswith(".partial")} for name in named}
+    rows = {name: {benchmark: read_rows(found[name] / f"{benchmark}.jsonl")
+                   for benchmark in read_json(found[name] / "summary.json")} for name in named}
     for name in named:
         for benchmark, base_rows in rows["base"].items():
             ids = [row["id"] for row in rows[name].get(benchmark, [])]
