@@ -28,6 +28,7 @@ from generate import (
 
 if TYPE_CHECKING:
     from data.benchmarks.problem import Benchmark
+    from data.rows import GrowingRows
     from model.chat import Chat
     from model.decoder import Decoder
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    model_options(parser)
+    model_options(parser, required=False)  # --rescore stands alone
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="mmlu, math500, or JSONL files of problems")
     parser.add_argument("--n", type=positive_int, help="problems of each, a seeded sample stratified by level or "
                         "subject, the same for every model (default: all)")
@@ -47,9 +48,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rescore", type=Path, metavar="DIR", help="grade the rows in DIR again, and nothing else")
     sampling_options(parser, temperature=0.0, max_new_tokens=1024)
     device_options(parser)
-    # --rescore stands alone: what a normal run needs is asked for here
-    for action in parser._actions:
-        action.required = False
     args = parser.parse_args(argv)
     missing = [f"--{name}" for name in ("model", "benchmarks", "out") if getattr(args, name) is None]
     if args.rescore is None and missing:
@@ -107,7 +105,7 @@ def answer(benchmark: "Benchmark", model: "Decoder", chat: "Chat", args: argpars
         sampler = make_sampler(model, chat, args)
         encoded = encode_prompts(sampler, chat, prompts)
         if benchmark.choices:
-            choose(benchmark, model, chat, prompts, encoded, rows)
+            pick(benchmark, model, chat, prompts, encoded, rows)
         else:
             respond(sampler, chat, prompts, encoded, rows, title=f"{args.out.name}/{benchmark.name}")
         answered = []
@@ -121,8 +119,8 @@ def answer(benchmark: "Benchmark", model: "Decoder", chat: "Chat", args: argpars
     return graded
 
 
-def choose(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[dict],
-           encoded: dict[str, list[int]], rows: object) -> None:
+def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]],
+         rows: "GrowingRows") -> None:
     """The likeliest of the benchmark's choices as first token of the response: one prefill, nothing sampled."""
     from tqdm import tqdm
 
@@ -166,7 +164,7 @@ def rescore(folder: Path) -> None:
     summary = read_json(folder / "summary.json")
     for name, entry in summary.items():
         path = folder / f"{name}.jsonl"
-        rows = grade(read_rows(path, needed=("id", "response", "gold")), entry["grader"])
+        rows = grade(read_rows(path, needed=("response", "gold")), entry["grader"])
         write_rows(path, rows)
         summary[name] = entry | summarise(rows)
         changed = "" if summary[name]["correct"] == entry["correct"] else f" (was {entry['correct']} correct)"

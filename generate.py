@@ -37,9 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
+def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --model, --adapter and --adapter-scale."""
-    parser.add_argument("--model", required=True, metavar="M", help="hub name, or folder in Hugging Face layout")
+    parser.add_argument("--model", required=required, metavar="M", help="hub name, or folder in Hugging Face layout")
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, folder or hub name")
     parser.add_argument("--adapter-scale", type=number(float), default=1.0, help="multiplies the adapter's effect")
 

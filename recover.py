@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             script.main(words)
         finally:
-            seconds[place] = round(seconds.get(place, 0) + time.perf_counter() - start, 1)
+            seconds[place] = round(seconds.get(place, 0) + time.perf_counter() - start, 3)
             write_json(out / "seconds.json", seconds)
             gc.collect()  # the stage's model, before the next one loads its own
         return out / place

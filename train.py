@@ -63,7 +63,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dropout", type=number(float, low=0, high=0.99), default=0.0, help="on its input")
     group.add_argument("--targets", nargs="+", metavar="LAYER", choices=PROJECTIONS, default=PROJECTIONS,
                        help="layers of a block that get one")
-    group.add_argument("--lr", type=number(float, above=0), default=2e-4, help="peak learning rate of AdamW")
+    group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate of AdamW")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     from base.files import same_run_folder, sha256, write_record
     from data.rows import GrowingRows, read_rows
 
-    rows = read_rows(args.data, needed=("id", "prompt", "response"))
+    rows = read_rows(args.data, needed=("prompt", "response"))
     if args.n is not None and args.n > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
     rows = rows[: args.n]

@@ -20,7 +20,7 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
         rows = [{"id": f"alpaca/{i}", "prompt": alpaca_prompt(row), "system": None} for i, row in enumerate(raw)]
     elif Path(source).exists():
         rows = [{"id": row["id"], "prompt": row["prompt"], "system": row.get("system")}
-                for row in read_rows(Path(source), needed=("id", "prompt"))]
+                for row in read_rows(Path(source), needed=("prompt",))]
         dataset = {"name": source, "sha256": sha256(Path(source))}
     else:
         raise UserError(f"--prompts {source} is neither 'alpaca' nor a file")

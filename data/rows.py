@@ -12,8 +12,8 @@ from base.errors import UserError
 from base.files import read_text, write_text
 
 
-def read_rows(path: Path, needed: Sequence[str] = ("id",)) -> list[dict]:
-    """The rows of a JSONL file, each an object with the `needed` fields as text and an id of its own.
+def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict]:
+    """The rows of a JSONL file, each an object with an id of its own and the `needed` fields as text.
 
     Whatever is wrong is a UserError that names the line. Whole-number ids are taken as text.
     """
@@ -26,13 +26,13 @@ def read_rows(path: Path, needed: Sequence[str] = ("id",)) -> list[dict]:
         row = parse_row(line, f"{path}, line {number}")
         if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
             row["id"] = str(row["id"])
-        for field in needed:
+        for field in ("id", *needed):
             if not isinstance(row.get(field), str):
                 fault = "not text" if field in row else "missing"
                 raise UserError(f"{path}, line {number}: the field {field} is {fault}")
-        if row.get("id") in lines_of:
+        if row["id"] in lines_of:
             raise UserError(f"{path}, line {number}: the id {row['id']!r} is that of line {lines_of[row['id']]} too")
-        lines_of[row.get("id")] = number
+        lines_of[row["id"]] = number
         rows.append(row)
     if not rows:
         raise UserError(f"{path} has no rows")

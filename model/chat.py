@@ -60,8 +60,7 @@ class Chat:
             raise UserError(f"{path} is not a tokenizer ({error})") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        if self.tokenizer.get_vocab_size() > config.vocab_size:
-            raise UserError(f"{path} has {self.tokenizer.get_vocab_size()} tokens and the model {config.vocab_size}")
+        self.vocab_size = config.vocab_size
         settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if (folder / "special_tokens_map.json").exists():
             settings = read_json(folder / "special_tokens_map.json") | settings
@@ -109,9 +108,13 @@ class Chat:
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text; the template has written the special tokens, none are added."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             raise UserError(f"the text {text[:60]!r} has a lone surrogate, which is no character") from error
+        if max(tokens, default=0) >= self.vocab_size:
+            raise UserError(f"the tokenizer of {self.folder} gives token {max(tokens)}, and the model has "
+                            f"{self.vocab_size}: its added tokens were never trained; take a matching tokenizer")
+        return tokens
 
     def decode(self, tokens: list[int]) -> str:
         """The text of a response's tokens, special tokens included; a trailing stop token is dropped."""

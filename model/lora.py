@@ -80,12 +80,12 @@ def attach(model: Decoder, config: LoRAConfig, seed: int = 0) -> None:
     A is uniform as PEFT initialises it (kaiming, a = √5), from `seed`; B is zero, so that nothing changes yet.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in _linear_layers(model).items():
-        if name.rpartition(".")[2] not in config.targets:
-            continue
-        if config.rank > min(layer.in_features, layer.out_features):
-            raise UserError(f"rank {config.rank} is larger than {name} ({layer.out_features} × {layer.in_features}); "
-                            f"--rank {min(layer.in_features, layer.out_features)} is the most")
+    layers = _linear_layers(model)
+    layers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in config.targets}
+    most = min(min(layer.in_features, layer.out_features) for layer in layers.values())
+    if config.rank > most:
+        raise UserError(f"rank {config.rank} is larger than the smallest adapted layer; --rank {most} is the most")
+    for name, layer in layers.items():
         adapter = LoRALinear(layer, config.rank, config.alpha / config.rank, config.dropout)
         bound = 1 / math.sqrt(layer.in_features)
         start = torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=generator)

@@ -28,7 +28,7 @@ def load_math500(n: int | None, seed: int) -> Benchmark:
 def load_file(path: Path, n: int | None, seed: int) -> Benchmark:
     """Problems of one's own: a JSONL of `id`, `problem`, `answer` and, if any, `level`."""
     problems = []
-    for row in read_rows(path, needed=("id", "problem", "answer")):
+    for row in read_rows(path, needed=("problem", "answer")):
         level = row.get("level")
         if level is not None and not isinstance(level, int | str):
             raise UserError(f"{path}: the level of {row['id']} is {level!r}; a number or text would do")

@@ -1,0 +1,169 @@
+"""Graders, samples of problems, statistics."""
+
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QWEN, SMOLLM2
+
+from analysis.statistics import mcnemar, paired_difference, summarise, wilson
+from base.errors import UserError
+from data.benchmarks import load_benchmark, mathematics, mmlu
+from data.benchmarks.grading import equal_answers
+from data.benchmarks.problem import Problem, sample
+
+
+def test_boxed_answers() -> None:
+    cases = {
+        r"so \boxed{42}.": "42", r"\boxed{1} then \boxed{ \frac{1}{2} }": r"\frac{1}{2}", "no answer": None,
+        r"\boxed{\text{a \} b}}": r"\text{a \} b}", r"\boxed{1} and \boxed{2": "1", r"\fbox{7}": "7",
+        r"\boxed{\left\{1,2\right\}}": r"\left\{1,2\right\}", r"\boxed{}": "", r"\boxed 5": None,
+    }
+    for text, answer in cases.items():
+        assert mathematics.extract_boxed(text) == answer
+
+
+def test_extraction_is_quick_on_hostile_text() -> None:
+    start = time.perf_counter()
+    for text in (r"\boxed{" * 20_000, "{" * 200_000, r"\boxed{" + "{" * 200_000, r"\boxed{1}" + r"\boxed{" * 90):
+        mathematics.extract_boxed(text)
+    assert time.perf_counter() - start < 60  # quadratic it would be hours; this is no timing of speed
+
+
+def test_equal_answers() -> None:
+    pairs = {
+        ("1/2", "0.5"): True, (r"\frac{1}{2}", r"\dfrac12"): True, ("x+1", "1+x"): True, ("2", "3"): False,
+        (r"(3, \frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"): True, ("1,-2", "-2, 1"): True,
+        (r"\text{Evelyn}", "Evelyn"): True, ("10", r"10^\circ"): True, ("p - q", "q - p"): False,
+        ("1,000", "1000"): True, ("5", ""): False,
+    }
+    assert dict(zip(pairs, equal_answers(list(pairs)), strict=True)) == pairs
+
+
+def test_hostile_answers_are_wrong_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.benchmarks.grading.SECONDS", 2.0)
+    hostile = [r"9^{9^{9^9}}", "10**10**10", r"\frac{" * 300 + "1" + "}{2}" * 300, "9" * 200_000, "(10^{10^{10}})!",
+               "{" * 1000, "\x00", "\ud800", "a" * 100_000, "__import__('os').system('true')"]
+    verdicts = equal_answers([("7", answer) for answer in hostile] + [("7", "7.0")])
+    assert not any(verdicts[:-1])
+    assert verdicts[-1] is True  # and the graders still work
+
+
+def test_grading_rows() -> None:
+    rows = [{"response": r"\boxed{0.5}", "gold": r"\frac12"}, {"response": "I think 3", "gold": "3"},
+            {"response": r"\boxed{4}", "gold": "3"}]
+    verdicts = mathematics.grade(rows)
+    assert [(one.correct, one.extracted) for one in verdicts] == [(True, "0.5"), (False, None), (False, "4")]
+    letters = mmlu.grade([{"response": "A", "gold": "A"}, {"response": "B", "gold": "A"}])
+    assert [one.correct for one in letters] == [True, False]
+
+
+def test_samples_are_seeded_stratified_and_nested() -> None:
+    problems = [Problem(str(i), "", "", stratum="abc"[min(i % 10 // 4, 2)]) for i in range(200)]  # 40 %, 40 %, 20 %
+    chosen = sample(problems, 50, seed=0)
+    assert chosen == sample(list(problems), 50, seed=0) != sample(problems, 50, seed=1)
+    assert [sum(problem.stratum == name for problem in chosen) for name in "abc"] == [20, 20, 10]
+    assert [int(problem.id) for problem in chosen] == sorted(int(problem.id) for problem in chosen)
+    assert set(chosen) < set(sample(problems, 100, seed=0))
+    assert len(sample(problems, 7, seed=0)) == 7
+    assert sample(problems, 500, seed=0) == tuple(problems) == sample(problems, None, seed=0)
+
+
+def test_a_file_as_a_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"id": "a", "problem": "1+1?", "answer": "2", "level": 3}\n'
+                    '{"id": "b", "problem": "?", "answer": "x"}')
+    benchmark = load_benchmark(str(path), None, 0)
+    assert (benchmark.name, benchmark.problems[0].gold, benchmark.problems[0].level) == ("my", "2", 3)
+    assert benchmark.problems[0].prompt.startswith("1+1?")
+    path.write_text('{"id": "a", "problem": "1+1?"}')
+    with pytest.raises(UserError, match="line 1: the field answer is missing"):
+        load_benchmark(str(path), None, 0)
+    for name in ("gsm8k", str(tmp_path / "mmlu.jsonl")):
+        with pytest.raises(UserError, match="--benchmarks"):
+            load_benchmark(name, None, 0)
+
+
+def test_wilson_interval() -> None:
+    # Newcombe 1998, table I: the score method without continuity correction
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+                                  (1, 29, 0.0061, 0.1718)):
+        assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(20, 20)[1] == 1.0
+
+
+def test_mcnemar_and_paired_difference() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+    before, after = [True] * 60 + [False] * 40, [True] * 40 + [False] * 60
+    found = paired_difference(before, after)
+    assert found["points"] == 20 and found["p"] == mcnemar(20, 0)
+    # 20 of 100 changed: standard error sqrt(0.2 · 0.8 / 100) = 4 points
+    assert found["ci95"] == pytest.approx([12.2, 27.8], abs=1.0)
+    assert paired_difference(before, before) == {"points": 0, "ci95": [0, 0], "p": 1.0}
+    assert found == paired_difference(before, after)
+
+
+def test_summary() -> None:
+    def row(correct: bool, extracted: str | None, reason: str, level: int | None) -> dict:
+        return {"correct": correct, "extracted": extracted, "finish_reason": reason, "level": level}
+
+    rows = [row(True, "1", "stop", 2), row(False, None, "length", 2), row(False, "3", "stop", 10),
+            row(False, None, "stop", 1)]
+    found = summarise(rows)
+    assert (found["n"], found["correct"], found["accuracy"]) == (4, 1, 0.25)
+    assert (found["unparsed"], found["truncated"]) == (2, 1)
+    assert list(found["by_level"].items()) == [("1", {"n": 1, "correct": 0}), ("2", {"n": 2, "correct": 1}),
+                                               ("10", {"n": 1, "correct": 0})]
+
+
+@pytest.mark.real
+def test_reference_solutions_of_math500_are_graded_correct() -> None:
+    """The published solutions end in \\boxed{answer}: the extraction finds it, and it equals itself."""
+    from data.hub import read_dataset
+
+    rows, _ = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl")
+    verdicts = mathematics.grade([{"response": row["solution"], "gold": row["answer"]} for row in rows])
+    wrong = [row["unique_id"] for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
+    assert wrong == []
+
+
+@pytest.mark.real
+def test_samples_of_the_real_benchmarks() -> None:
+    found = load_benchmark("mmlu", 114, 0)
+    assert len(found.problems) == 114 and len({problem.stratum for problem in found.problems}) > 50
+    assert len(load_benchmark("mmlu", None, 0).problems) == 14_042
+    found = load_benchmark("math500", 200, 0)
+    assert [sum(problem.level == level for problem in found.problems) for level in range(1, 6)] == [17, 36, 42, 51, 54]
+    assert found.dataset["revision"] and len(found.dataset["sha256"]) == 64
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [SMOLLM2, QWEN])
+def test_mmlu_choices_equal_transformers(name: str) -> None:
+    """The letter picked by one packed prefill is the argmax that transformers computes, question by question."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from base.hub import model_folder
+    from model import weights
+    from model.chat import Chat
+    from model.sampler import score_next
+
+    ours = weights.load(model_folder(name), torch.device("cpu"), torch.float32)
+    chat = Chat(model_folder(name), ours.config)
+    theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    problems = load_benchmark("mmlu", 16, 0).problems
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in mmlu.LETTERS]
+    scores = score_next(ours, [chat.prompt(problem.prompt) for problem in problems], letters)
+    for problem, found in zip(problems, scores, strict=True):
+        turns = [chat.turn(problem.prompt, letter) for letter in mmlu.LETTERS]
+        assert [turn.tokens[turn.first] for turn in turns] == letters
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": problem.prompt}], add_generation_prompt=True,
+                                            return_dict=False)
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(found, logits.log_softmax(-1)[letters], atol=1e-3)
+        assert found.argmax() == logits[letters].argmax()

@@ -1,0 +1,411 @@
+"""The scripts as a user runs them, on tiny models: whole runs, taken up again after a kill, and on bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, build_model
+
+from data.rows import read_rows, write_rows
+from model import lora, weights
+from model.weights import read_tensors
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    write_rows(path, [{"id": f"p{i}", "prompt": f"the question number {i}\u2028and more"} for i in range(24)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    write_rows(path, [{"id": f"s{i}", "problem": f"{i} + {i}?", "answer": str(2 * i), "level": i % 3}
+                      for i in range(6)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    write_rows(path, [{"id": str(i), "prompt": f"question {i}", "response": f"answer {i} " * (1 + i % 5),
+                       "finish_reason": "length" if i == 3 else "stop"} for i in range(20)])
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` but the records, which hold times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("seconds.json", "metrics.jsonl", "report.json", "report.md")}
+
+
+def read_metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_when(arguments: list, ready: object, how: int = signal.SIGKILL) -> int:
+    """Start a script, send it `how` as soon as ready() holds, and return its exit code."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(how)
+    return process.wait()
+
+
+def test_generate(script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    common = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 12, "--seed", 5, "--system", "Be brief.")
+    done = script("generate.py", *common, "--n", 10, "--skip", 2, "--out", tmp_path / "a.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = read_rows(tmp_path / "a.jsonl")
+    assert [row["id"] for row in found] == [f"p{i}" for i in range(2, 12)]
+    assert set(found[0]) == {"id", "prompt", "system", "response", "finish_reason", "prompt_tokens", "response_tokens",
+                             "logprob"}
+    assert all(row["system"] == "Be brief." and row["logprob"] < 0 and row["response_tokens"] <= 12 for row in found)
+    assert {row["finish_reason"] for row in found} <= {"stop", "length"}
+    # the same file whatever the batch, and nothing to do the second time
+    few = script("generate.py", *common, "--n", 10, "--skip", 2, "--slots", 3, "--out", tmp_path / "b.jsonl")
+    assert few.returncode == 0, few.stderr
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    before = (tmp_path / "a.jsonl").stat().st_mtime_ns
+    again = script("generate.py", *common, "--n", 10, "--skip", 2, "--out", tmp_path / "a.jsonl")
+    assert "done already" in again.stdout and (tmp_path / "a.jsonl").stat().st_mtime_ns == before
+    other = script("generate.py", *common, "--n", 10, "--skip", 2, "--top-p", 0.5, "--out", tmp_path / "a.jsonl")
+    assert other.returncode == 2 and "top_p" in other.stderr
+
+
+def test_generate_continues_after_a_kill(script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    common = ["generate.py", "--model", tiny, "--prompts", prompts, "--max-new-tokens", 100, "--slots", 1]
+    assert script(*common, "--out", tmp_path / "whole.jsonl").returncode == 0
+    partial = tmp_path / "cut.partial.jsonl"
+    codes = [kill_when([*common, "--out", tmp_path / "cut.jsonl"],
+                       lambda lines=lines: count_lines(partial) >= lines, how)
+             for lines, how in ((3, signal.SIGKILL), (6, signal.SIGTERM), (9, signal.SIGINT))]
+    assert codes == [-signal.SIGKILL, 143, 130]
+    assert 9 <= count_lines(partial) < 24 and not (tmp_path / "cut.jsonl").exists()
+    assert script(*common, "--out", tmp_path / "cut.jsonl").returncode == 0
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not partial.exists()
+
+
+def train_arguments(model: Path, rows: Path, *more: object) -> list:
+    return ["train.py", "--model", model, "--data", rows, "--rank", 4, "--lr", 1e-2, "--batch-tokens", 100,
+            "--dropout", 0.1, "--epochs", 3, *more]
+
+
+def test_train(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    done = script(*train_arguments(tiny, rows, "--out", tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    assert "1 cut at a limit" in done.stdout and "⟦answer" in done.stdout
+    metrics = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, len(metrics) + 1))
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert {"loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "peak_memory_mb"} < set(metrics[0])
+    record = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert record["options"]["rank"] == 4 and record["versions"]["torch"] == torch.__version__
+    assert sorted(os.listdir(tmp_path / "a")) == ["adapter_config.json", "adapter_model.safetensors", "config.json",
+                                                  "metrics.jsonl"]
+    # the adapter loads, by itself and for more training
+    model = weights.load(tiny, torch.device("cpu"), torch.float32)
+    assert lora.load(model, str(tmp_path / "a")).rank == 4
+    more = script("train.py", "--model", tiny, "--adapter", tmp_path / "a", "--data", rows, "--n", 4, "--steps", 3,
+                  "--out", tmp_path / "b")
+    assert more.returncode == 0, more.stderr
+    first = read_metrics(tmp_path / "b" / "metrics.jsonl")[0]
+    assert first["loss"] < 0.8 * metrics[0]["loss"]
+
+
+def test_micro_batches_change_nothing(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    losses = []
+    for micro in (30, 100):
+        out = tmp_path / str(micro)
+        assert script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--lr", 1e-3, "--batch-tokens", 100,
+                      "--micro-batch-tokens", micro, "--out", out).returncode == 0
+        losses.append([row["loss"] for row in read_metrics(out / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_train_continues_after_a_kill_to_the_same_bits(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(tiny, rows, "--epochs", 40)
+    assert script(*arguments, "--out", tmp_path / "whole").returncode == 0
+    partial = tmp_path / "cut" / "metrics.partial.jsonl"
+    for lines in (5, 25):
+        code = kill_when([*arguments, "--out", tmp_path / "cut"], lambda lines=lines: count_lines(partial) >= lines)
+        assert code == -signal.SIGKILL
+        assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert script(*arguments, "--out", tmp_path / "cut").returncode == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    losses = [[row["loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) > 40
+
+
+def test_full_training_writes_a_model(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    import transformers
+
+    done = script("train.py", "--full", "--model", tiny, "--data", rows, "--lr", 1e-3, "--dtype", "float32",
+                  "--batch-tokens", 100, "--weight-decay", 0.01, "--out", tmp_path / "full")
+    assert done.returncode == 0, done.stderr
+    losses = [row["loss"] for row in read_metrics(tmp_path / "full" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    before, after = read_tensors(tiny / "model.safetensors"), read_tensors(tmp_path / "full" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    again = script("generate.py", "--model", tmp_path / "full", "--prompts", rows, "--n", 2, "--max-new-tokens", 3,
+                   "--out", tmp_path / "g.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert "done already" in script("train.py", "--full", "--model", tiny, "--data", rows, "--lr", 1e-3, "--dtype",
+                                    "float32", "--batch-tokens", 100, "--weight-decay", 0.01, "--out",
+                                    tmp_path / "full").stdout
+
+
+def test_bfloat16(script: object, tiny: Path, rows: Path, problems: Path, tmp_path: Path) -> None:
+    """The GPU's dtype, on the CPU: sampling, LoRA with float32 adapters, full training under autocast."""
+    dtype = ("--model", tiny, "--dtype", "bfloat16")
+    train = ("train.py", "--data", rows, "--batch-tokens", 100)
+    for command in (("generate.py", "--prompts", rows, "--max-new-tokens", 8, "--out", tmp_path / "g.jsonl"),
+                    (*train, "--rank", 4, "--lr", 1e-2, "--out", tmp_path / "a"),
+                    (*train, "--full", "--lr", 1e-3, "--out", tmp_path / "f"),
+                    ("evaluate.py", "--adapter", tmp_path / "a", "--benchmarks", problems, "--max-new-tokens", 8,
+                     "--out", tmp_path / "e")):
+        done = script(*command, *dtype)
+        assert done.returncode == 0, done.stderr
+    for name in ("a", "f"):
+        losses = [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        assert losses[-1] < losses[0]
+    assert all(tensor.dtype == torch.float32 for tensor in read_tensors(tmp_path / "a" / lora.TENSORS).values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in read_tensors(tmp_path / "f" / weights.SINGLE).values())
+
+
+def test_merge_as_a_program(tiny: Path, rows: Path, script: object, tmp_path: Path) -> None:
+    assert script(*train_arguments(tiny, rows, "--out", tmp_path / "a")).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "model.lora", "--model", str(tiny), "--adapter", str(tmp_path / "a"),
+                           "--adapter-scale", "0.5", "--dtype", "float32", "--out", str(tmp_path / "merged")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merged = weights.load(tmp_path / "merged", torch.device("cpu"), torch.float32)
+    model = weights.load(tiny, torch.device("cpu"), torch.float32)
+    lora.load(model, str(tmp_path / "a"), 0.5)
+    lora.merge(model)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), model.parameters(), strict=True))
+
+
+def test_evaluate_and_rescore(script: object, tiny: Path, problems: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    common = ("evaluate.py", "--model", tiny, "--benchmarks", problems, "--n", 4, "--max-new-tokens", 16, "--out", out)
+    done = script(*common)
+    assert done.returncode == 0, done.stderr
+    found = read_rows(out / "sums.jsonl")
+    assert len(found) == 4
+    assert {"id", "correct", "response", "extracted", "gold", "finish_reason", "level"} <= set(found[0])
+    summary = json.loads((out / "summary.json").read_text())["sums"]
+    assert (summary["n"], summary["correct"], summary["unparsed"]) == (4, 0, 4)
+    assert {"accuracy", "ci95", "truncated", "by_level", "dataset"} <= set(summary)
+    assert summary["dataset"]["sha256"]
+    # a better response, and the saved rows are graded again
+    found[1]["response"] = f"So it is \\boxed{{{found[1]['gold']}.0}}"
+    write_rows(out / "sums.jsonl", found)
+    again = script("evaluate.py", "--rescore", out)
+    assert again.returncode == 0 and "was 0 correct" in again.stdout, again.stderr
+    summary = json.loads((out / "summary.json").read_text())["sums"]
+    assert (summary["correct"], summary["unparsed"]) == (1, 3)
+    assert read_rows(out / "sums.jsonl")[1]["correct"] is True
+    assert "done already" in script(*common).stdout
+
+
+def test_evaluate_continues_after_a_kill(script: object, tiny: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "many.jsonl", [{"id": str(i), "problem": f"{i}?", "answer": "1"} for i in range(30)])
+    common = ["evaluate.py", "--model", tiny, "--benchmarks", tmp_path / "many.jsonl", "--max-new-tokens", 80,
+              "--temperature", 1.0, "--slots", 1]
+    assert script(*common, "--out", tmp_path / "whole").returncode == 0
+    partial = tmp_path / "cut" / "many.partial.jsonl"
+    kill_when([*common, "--out", tmp_path / "cut"], lambda: count_lines(partial) >= 4)
+    assert not (tmp_path / "cut" / "many.jsonl").exists() and not (tmp_path / "cut" / "summary.json").exists()
+    assert script(*common, "--out", tmp_path / "cut").returncode == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def recover_arguments(tiny: Path, teacher: Path, prompts: Path, problems: Path, out: Path) -> list:
+    return ["recover.py", "--student", tiny, "--teacher", teacher, "--prompts", prompts, "--n-train", 10,
+            "--benchmarks", problems, "--n", 4, "--max-new-tokens", 16, "--recover-with", 4, 2, "--controls",
+            "--rank", 4, "--out", out]
+
+
+def test_recover(script: object, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = recover_arguments(tiny, tiny_teacher, prompts, problems, out)
+    done = script(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "sampler and trainer agree" in done.stdout
+    for name in ("config.json", "teacher.jsonl", "native.jsonl", "off_model/adapter_model.safetensors",
+                 "recovered/2/adapter_model.safetensors", "recovered/4/metrics.jsonl", "evals/base/summary.json",
+                 "figures/accuracy.png", "figures/recovery.png", "report.md", "report.json"):
+        assert (out / name).exists(), name
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["checkpoints"]) == ["base", "teacher", "off_model", "recovered_2", "recovered_4",
+                                           "control_more_teacher", "control_native", "control_noise"]
+    assert set(report["recovered_fraction"]["sums"]) == {"2", "4"}
+    assert {"points", "ci95", "p"} == set(report["drop"]["sums"])
+    assert report["seconds"]["off_model"] > 0
+    # SFT and recovery are on different prompts, and the recovered adapters come from the off-model one
+    teacher, native = ({row["id"] for row in read_rows(out / f"{name}.jsonl")} for name in ("teacher", "native"))
+    assert len(teacher) == 10 and len(native) == 4 and not teacher & native
+    record = json.loads((out / "recovered/2/config.json").read_text())
+    assert record["adapter"] == str(out / "off_model") and record["rows"] == 2
+    # the second call does nothing; another one is refused
+    before = contents(out)
+    again = script(*arguments)
+    assert again.returncode == 0 and "done already" in again.stdout and contents(out) == before
+    other = script(*arguments, "--lr", 1e-3)
+    assert other.returncode == 2 and "its lr is 0.0002, here it is 0.001" in other.stderr
+    assert contents(out) == before
+
+
+def test_recover_continues_after_kills(script: object, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path,
+                                       tmp_path: Path) -> None:
+    whole, cut = (recover_arguments(tiny, tiny_teacher, prompts, problems, tmp_path / run) for run in ("whole", "cut"))
+    assert script(*whole).returncode == 0
+    for moment in ("teacher.partial.jsonl", "off_model/training_state.safetensors", "evals/recovered_2/config.json"):
+        kill_when(cut, (tmp_path / "cut" / moment).exists)
+        assert not (tmp_path / "cut" / "report.json").exists()
+    assert script(*cut).returncode == 0
+    kept = [{name: data for name, data in contents(tmp_path / run).items() if not name.endswith("config.json")}
+            for run in ("whole", "cut")]
+    assert kept[0] == kept[1]
+    reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("whole", "cut")]
+    for report in reports:
+        assert min(report.pop("seconds").values()) > 0
+    assert reports[0] == reports[1]
+
+
+def test_help_is_quick_and_shows_defaults(script: object) -> None:
+    for name in ("generate.py", "train.py", "evaluate.py", "recover.py"):
+        done = script(name, "--help")
+        assert done.returncode == 0 and "(default:" in done.stdout
+        # no torch before the arguments are read
+        code = (f"import runpy, sys; sys.argv = ['{name}', '--help']\n"
+                f"try: runpy.run_path('{name}', run_name='__main__')\n"
+                "except SystemExit: pass\nassert 'torch' not in sys.modules")
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def damaged(tiny: Path, folder: Path, name: str, change: object) -> Path:
+    """A copy of the model with one file changed."""
+    shutil.copytree(tiny, folder)
+    path = folder / name
+    change(path)
+    return folder
+
+
+DAMAGE = {
+    "no config": ("config.json", Path.unlink, "config.json"),
+    "config lacks a field": ("config.json", lambda p: p.write_text(p.read_text().replace("hidden_size", "h")),
+                             "hidden_size"),
+    "broken config": ("config.json", lambda p: p.write_text("{"), "not valid JSON"),
+    "truncated weights": ("model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated"),
+    "corrupt weights": ("model.safetensors", lambda p: p.write_bytes(b"\xff" * 1000), "truncated or not"),
+    "no weights": ("model.safetensors", Path.unlink, "model.safetensors"),
+    "no tokenizer": ("tokenizer.json", Path.unlink, "tokenizer.json"),
+    "broken tokenizer": ("tokenizer.json", lambda p: p.write_text('{"version": "1.0"}'), "not a tokenizer"),
+    "no template": ("chat_template.jinja", Path.unlink, "chat template"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_models(case: str, script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    name, change, message = DAMAGE[case]
+    model = damaged(tiny, tmp_path / "model", name, change)
+    done = script("generate.py", "--model", model, "--prompts", prompts, "--out", tmp_path / "out" / "rows.jsonl")
+    assert_refused(done, message)
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
+
+
+def assert_refused(done: subprocess.CompletedProcess, message: str) -> None:
+    """Exit code 2 and one sentence on stderr, with `message` in it."""
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def write_long_rows(path: Path) -> None:
+    """Four rows, of which the last two are longer than the tiny model's context."""
+    write_rows(path, [{"id": f"r{i}", "prompt": "x", "response": "word " * 10**i} for i in range(4)])
+
+
+def test_bad_input(script: object, tiny: Path, prompts: Path, problems: Path, rows: Path, tmp_path: Path) -> None:
+    """Each ends with exit code 2 and one sentence, and nothing is written."""
+    out = tmp_path / "out"
+    build_model(tmp_path / "wide", hidden_size=64)
+    made = script(*train_arguments(tmp_path / "wide", rows, "--steps", 1, "--out", tmp_path / "adapter"))
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "broken.jsonl").write_text('{"id": "a", "prompt": "x\u2028y", "response": "z"}\n{"id": "b", \n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"id": "a", "prompt": "x", "response": " "}\n')
+    write_long_rows(tmp_path / "long.jsonl")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    generate = ("generate.py", "--out", out / "rows.jsonl", "--prompts")
+    train = ("train.py", "--out", out, "--model", tiny, "--data")
+    evaluate = ("evaluate.py", "--model", tiny, "--benchmarks")
+    cases = [
+        ((*generate, prompts, "--model", tmp_path / "nowhere"), "nowhere"),
+        ((*generate, prompts, "--model", "nobody/nothing"), "HF_HUB_OFFLINE"),
+        ((*generate, prompts, "--model", prompts), "is a file"),
+        ((*generate, tmp_path / "empty.jsonl", "--model", tiny), "no rows"),
+        ((*generate, tmp_path / "broken.jsonl", "--model", tiny), "line 2"),
+        ((*generate, prompts, "--model", tiny, "--n", 25), "24 prompts"),
+        ((*generate, prompts, "--model", tiny, "--n", "many"), "--n"),
+        ((*generate, prompts, "--model", tiny, "--temperature", -1), "--temperature"),
+        ((*generate, prompts, "--model", tiny, "--temperature", "nan"), "--temperature"),
+        ((*generate, prompts, "--model", tiny, "--device", "abacus"), "abacus"),
+        ((*generate, prompts, "--model", tiny, "--adapter", tmp_path / "adapter"), "another model's"),
+        ((*generate, prompts, "--model", tiny, "--adapter", tiny), "not an adapter"),
+        ((*generate, prompts), "--model"),
+        ((*train, tmp_path / "broken.jsonl"), "line 2"),
+        ((*train, tmp_path / "empty.jsonl"), "no rows"),
+        ((*train, prompts), "the field response is missing"),
+        ((*train, tmp_path / "blank.jsonl"), "empty"),
+        ((*train, tmp_path / "long.jsonl"), "2 of 4 conversations are longer than 256 tokens (r2, r3)"),
+        ((*train, tmp_path / "long.jsonl", "--max-length", 5, "--drop-long"), "all 4 conversations"),
+        ((*train, rows, "--n", 21), "20 rows"),
+        ((*train, rows, "--rank", 40), "--rank 16"),
+        ((*train, rows, "--adapter", tmp_path / "adapter"), "another model's"),
+        ((*train, rows, "--out", tmp_path / "thesis"), "other files"),
+        ((*train, rows, "--out", rows), "is a file"),
+        ((*evaluate, "gsm8k", "--out", out), "gsm8k"),
+        ((*evaluate, tmp_path / "none.jsonl", "--out", out), "none.jsonl"),
+        ((*evaluate, rows, "--out", out), "the field problem is missing"),
+        (("evaluate.py", "--rescore", tmp_path / "thesis"), "no summary.json"),
+        (("evaluate.py", "--model", tiny), "--benchmarks"),
+    ]
+    for arguments, message in cases:
+        assert_refused(script(*arguments, HF_HUB_OFFLINE="1"), message)
+        assert not out.exists() or os.listdir(out) == [], arguments
+    assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
+
+
+def test_diverging_training_names_step_and_rows(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    done = script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--lr", 1e20, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "at step" in done.stderr and "--lr" in done.stderr
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_dropped_rows_are_listed(script: object, tiny: Path, tmp_path: Path) -> None:
+    write_long_rows(tmp_path / "long.jsonl")
+    done = script("train.py", "--model", tiny, "--data", tmp_path / "long.jsonl", "--rank", 4, "--drop-long",
+                  "--steps", 1, "--out", tmp_path / "out")
+    assert done.returncode == 0 and "4 rows - 2 dropped = 2 conversations" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dropped"] == ["r2", "r3"]
