@@ -30,8 +30,8 @@ import train
 from base.errors import run_script
 from base.options import Parser, device_options, number, positive_int
 
-TRAINING = ("rank", "alpha", "dropout", "targets", "lr", "schedule", "warmup", "clip", "weight_decay", "seed",
-            "micro_batch_tokens", "save_every")  # passed on as they are; epochs and batch differ between the stages
+# Passed on as they are; number of epochs and batch differ between SFT and recovery
+TRAINING = ("lr", "schedule", "warmup", "clip", "weight_decay", "seed", "micro_batch_tokens", "save_every")
 MACHINE = ("device", "dtype", "template_options")
 
 
@@ -60,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     device_options(parser)
     args = parser.parse_args(argv)
     args.recover_with = sorted(set(args.recover_with))
+    train.resolve_adapter(args)
     return args
 
 
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …
     behind = ("--skip", args.n_train, "--n", most)  # … and of recovery, which are others
     learning = ("--model", args.student, *as_arguments(args, TRAINING))
-    sft = (*learning, *as_arguments(args, ("epochs", "steps", "batch_tokens")))
+    sft = (*learning, *as_arguments(args, (*train.NEW_ADAPTER, "epochs", "steps", "batch_tokens")))
     recovery = (*learning, "--epochs", args.recover_epochs, "--batch-tokens", args.recover_batch_tokens)
 
     teacher_rows = run(generate, "teacher.jsonl", "--model", args.teacher, *first, *prompting)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from base.errors import UserError, run_script
 from base.options import Parser, device_options, number, positive_int
 from generate import model_identity
+from model.config import PROJECTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from data.packing import Example
     from model.chat import Chat
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STATE = "training_state.safetensors"
+NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -50,6 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.adapter_scale = 1.0
     if args.full and args.adapter:
         parser.error("--full trains the model's own weights, and --adapter an adapter: give one of them")
+    for name in NEW_ADAPTER:
+        if (args.full or args.adapter) and getattr(args, name) is not None:
+            parser.error(f"--{name} is of a new adapter: not to be given with --full or --adapter")
+    if not (args.full or args.adapter):
+        resolve_adapter(args)
     if args.dtype == "float16":
         parser.error("--dtype float16 underflows in training: float32 or bfloat16 would do")
     return args
@@ -58,11 +64,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of training."""
     group = parser.add_argument_group("training")
-    group.add_argument("--rank", type=positive_int, default=16, help="of a new LoRA adapter")
+    # None until `resolve_adapter`: an adapter that is there already brings its own
+    group.add_argument("--rank", type=positive_int, help="of a new LoRA adapter (default: 16)")
     group.add_argument("--alpha", type=number(float, above=0), help="its scale × rank (default: twice the rank)")
-    group.add_argument("--dropout", type=number(float, low=0, high=0.99), default=0.0, help="on its input")
-    group.add_argument("--targets", nargs="+", metavar="LAYER", choices=PROJECTIONS, default=PROJECTIONS,
-                       help="layers of a block that get one")
+    group.add_argument("--dropout", type=number(float, low=0, high=0.99), help="on its input (default: 0)")
+    group.add_argument("--targets", nargs="+", metavar="LAYER", choices=PROJECTIONS,
+                       help=f"layers that get one (default: {' '.join(PROJECTIONS)})")
     group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate of AdamW")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
@@ -76,6 +83,14 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of order, initialisation and dropout")
     group.add_argument("--save-every", type=positive_int, default=1, metavar="STEPS",
                        help="how often the state is saved, for a run that is stopped")
+
+
+def resolve_adapter(args: argparse.Namespace) -> None:
+    """Fill in the defaults of a new adapter."""
+    for name, default in NEW_ADAPTER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.alpha = args.alpha or 2.0 * args.rank
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.adapter:
         config = lora.load(model, args.adapter)
     else:
-        config = lora.LoRAConfig(args.rank, args.alpha or 2.0 * args.rank, args.dropout, tuple(args.targets))
+        config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets))
         lora.attach(model, config, args.seed)
     model.train()
     autocast = args.full and dtype != torch.float32

@@ -11,6 +11,8 @@ from base.errors import UserError
 from base.files import read_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# The linear layers of a block, which LoRA can adapt; here and not in lora.py, so that `--help` need not import torch
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),

@@ -21,9 +21,9 @@ from base.files import read_json, whole, write_json
 from base.hub import model_folder
 from base.options import DTYPES, Parser, number
 from model import weights
+from model.config import PROJECTIONS
 from model.decoder import Decoder
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the mathematics of a PEFT adapter, and the values under which it is the one computed here
 NEUTRAL = {

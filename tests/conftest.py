@@ -1,18 +1,25 @@
 """Tiny models with a real tokenizer and chat template, and the real checkpoints where they are at hand."""
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from base.errors import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QWEN = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for tiny models: a second thread costs more than it brings
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -69,13 +76,43 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class Finished:
+    """How a script ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Script = Callable[..., Finished]
+
+
 @pytest.fixture
-def script() -> object:
-    """Run a script as a user does; returns the finished process (returncode, stdout, stderr)."""
-    def run(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-                              cwd=ROOT, env=os.environ | environment, timeout=600)
-    return run
+def script(capfd: pytest.CaptureFixture) -> Iterator[Script]:
+    """Run a script's main as `python NAME …` does, but in this process, which saves importing torch each time."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+
+    def run(name: str, *arguments: object) -> Finished:
+        main = importlib.import_module(name.removesuffix(".py")).main
+        capfd.readouterr()
+        try:
+            run_script(lambda: main([str(argument) for argument in arguments]))
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        return Finished(code, *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def run_process(*command: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python COMMAND …` as a user does."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | ONE_THREAD | environment, timeout=600)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

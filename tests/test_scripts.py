@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_model
+from conftest import ONE_THREAD, ROOT, Finished, Script, build_model, run_process
 
 from data.rows import read_rows, write_rows
 from model import lora, weights
@@ -58,7 +58,7 @@ def count_lines(path: Path) -> int:
 def kill_when(arguments: list, ready: object, how: int = signal.SIGKILL) -> int:
     """Start a script, send it `how` as soon as ready() holds, and return its exit code."""
     process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                               stderr=subprocess.DEVNULL, env=os.environ | ONE_THREAD)
     deadline = time.monotonic() + 120
     while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -66,7 +66,7 @@ def kill_when(arguments: list, ready: object, how: int = signal.SIGKILL) -> int:
     return process.wait()
 
 
-def test_generate(script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+def test_generate(script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> None:
     common = ("--model", tiny, "--prompts", prompts, "--max-new-tokens", 12, "--seed", 5, "--system", "Be brief.")
     done = script("generate.py", *common, "--n", 10, "--skip", 2, "--out", tmp_path / "a.jsonl")
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def test_generate(script: object, tiny: Path, prompts: Path, tmp_path: Path) -> 
     assert other.returncode == 2 and "top_p" in other.stderr
 
 
-def test_generate_continues_after_a_kill(script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+def test_generate_continues_after_a_kill(script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> None:
     common = ["generate.py", "--model", tiny, "--prompts", prompts, "--max-new-tokens", 100, "--slots", 1]
     assert script(*common, "--out", tmp_path / "whole.jsonl").returncode == 0
     partial = tmp_path / "cut.partial.jsonl"
@@ -106,7 +106,7 @@ def train_arguments(model: Path, rows: Path, *more: object) -> list:
             "--dropout", 0.1, "--epochs", 3, *more]
 
 
-def test_train(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_train(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     done = script(*train_arguments(tiny, rows, "--out", tmp_path / "a"))
     assert done.returncode == 0, done.stderr
     assert "1 cut at a limit" in done.stdout and "⟦answer" in done.stdout
@@ -128,7 +128,7 @@ def test_train(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
     assert first["loss"] < 0.8 * metrics[0]["loss"]
 
 
-def test_micro_batches_change_nothing(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     losses = []
     for micro in (30, 100):
         out = tmp_path / str(micro)
@@ -138,7 +138,7 @@ def test_micro_batches_change_nothing(script: object, tiny: Path, rows: Path, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_train_continues_after_a_kill_to_the_same_bits(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_train_continues_after_a_kill_to_the_same_bits(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     arguments = train_arguments(tiny, rows, "--epochs", 40)
     assert script(*arguments, "--out", tmp_path / "whole").returncode == 0
     partial = tmp_path / "cut" / "metrics.partial.jsonl"
@@ -152,7 +152,7 @@ def test_train_continues_after_a_kill_to_the_same_bits(script: object, tiny: Pat
     assert losses[0] == losses[1] and len(losses[0]) > 40
 
 
-def test_full_training_writes_a_model(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_full_training_writes_a_model(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     import transformers
 
     done = script("train.py", "--full", "--model", tiny, "--data", rows, "--lr", 1e-3, "--dtype", "float32",
@@ -172,7 +172,7 @@ def test_full_training_writes_a_model(script: object, tiny: Path, rows: Path, tm
                                     tmp_path / "full").stdout
 
 
-def test_bfloat16(script: object, tiny: Path, rows: Path, problems: Path, tmp_path: Path) -> None:
+def test_bfloat16(script: Script, tiny: Path, rows: Path, problems: Path, tmp_path: Path) -> None:
     """The GPU's dtype, on the CPU: sampling, LoRA with float32 adapters, full training under autocast."""
     dtype = ("--model", tiny, "--dtype", "bfloat16")
     train = ("train.py", "--data", rows, "--batch-tokens", 100)
@@ -190,11 +190,10 @@ def test_bfloat16(script: object, tiny: Path, rows: Path, problems: Path, tmp_pa
     assert all(tensor.dtype == torch.bfloat16 for tensor in read_tensors(tmp_path / "f" / weights.SINGLE).values())
 
 
-def test_merge_as_a_program(tiny: Path, rows: Path, script: object, tmp_path: Path) -> None:
+def test_merge_as_a_program(tiny: Path, rows: Path, script: Script, tmp_path: Path) -> None:
     assert script(*train_arguments(tiny, rows, "--out", tmp_path / "a")).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "model.lora", "--model", str(tiny), "--adapter", str(tmp_path / "a"),
-                           "--adapter-scale", "0.5", "--dtype", "float32", "--out", str(tmp_path / "merged")], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = run_process("-m", "model.lora", "--model", tiny, "--adapter", tmp_path / "a", "--adapter-scale", 0.5,
+                       "--dtype", "float32", "--out", tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     merged = weights.load(tmp_path / "merged", torch.device("cpu"), torch.float32)
     model = weights.load(tiny, torch.device("cpu"), torch.float32)
@@ -203,7 +202,7 @@ def test_merge_as_a_program(tiny: Path, rows: Path, script: object, tmp_path: Pa
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), model.parameters(), strict=True))
 
 
-def test_evaluate_and_rescore(script: object, tiny: Path, problems: Path, tmp_path: Path) -> None:
+def test_evaluate_and_rescore(script: Script, tiny: Path, problems: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
     common = ("evaluate.py", "--model", tiny, "--benchmarks", problems, "--n", 4, "--max-new-tokens", 16, "--out", out)
     done = script(*common)
@@ -226,7 +225,7 @@ def test_evaluate_and_rescore(script: object, tiny: Path, problems: Path, tmp_pa
     assert "done already" in script(*common).stdout
 
 
-def test_evaluate_continues_after_a_kill(script: object, tiny: Path, tmp_path: Path) -> None:
+def test_evaluate_continues_after_a_kill(script: Script, tiny: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "many.jsonl", [{"id": str(i), "problem": f"{i}?", "answer": "1"} for i in range(30)])
     common = ["evaluate.py", "--model", tiny, "--benchmarks", tmp_path / "many.jsonl", "--max-new-tokens", 80,
               "--temperature", 1.0, "--slots", 1]
@@ -244,7 +243,7 @@ def recover_arguments(tiny: Path, teacher: Path, prompts: Path, problems: Path, 
             "--rank", 4, "--out", out]
 
 
-def test_recover(script: object, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path, tmp_path: Path) -> None:
+def test_recover(script: Script, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = recover_arguments(tiny, tiny_teacher, prompts, problems, out)
     done = script(*arguments)
@@ -274,7 +273,7 @@ def test_recover(script: object, tiny: Path, tiny_teacher: Path, prompts: Path, 
     assert contents(out) == before
 
 
-def test_recover_continues_after_kills(script: object, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path,
+def test_recover_continues_after_kills(script: Script, tiny: Path, tiny_teacher: Path, prompts: Path, problems: Path,
                                        tmp_path: Path) -> None:
     whole, cut = (recover_arguments(tiny, tiny_teacher, prompts, problems, tmp_path / run) for run in ("whole", "cut"))
     assert script(*whole).returncode == 0
@@ -291,7 +290,7 @@ def test_recover_continues_after_kills(script: object, tiny: Path, tiny_teacher:
     assert reports[0] == reports[1]
 
 
-def test_help_is_quick_and_shows_defaults(script: object) -> None:
+def test_help_is_quick_and_shows_defaults(script: Script) -> None:
     for name in ("generate.py", "train.py", "evaluate.py", "recover.py"):
         done = script(name, "--help")
         assert done.returncode == 0 and "(default:" in done.stdout
@@ -325,7 +324,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_models(case: str, script: object, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+def test_damaged_models(case: str, script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> None:
     name, change, message = DAMAGE[case]
     model = damaged(tiny, tmp_path / "model", name, change)
     done = script("generate.py", "--model", model, "--prompts", prompts, "--out", tmp_path / "out" / "rows.jsonl")
@@ -333,7 +332,7 @@ def test_damaged_models(case: str, script: object, tiny: Path, prompts: Path, tm
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
 
 
-def assert_refused(done: subprocess.CompletedProcess, message: str) -> None:
+def assert_refused(done: Finished | subprocess.CompletedProcess, message: str) -> None:
     """Exit code 2 and one sentence on stderr, with `message` in it."""
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -345,7 +344,7 @@ def write_long_rows(path: Path) -> None:
     write_rows(path, [{"id": f"r{i}", "prompt": "x", "response": "word " * 10**i} for i in range(4)])
 
 
-def test_bad_input(script: object, tiny: Path, prompts: Path, problems: Path, rows: Path, tmp_path: Path) -> None:
+def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, rows: Path, tmp_path: Path) -> None:
     """Each ends with exit code 2 and one sentence, and nothing is written."""
     out = tmp_path / "out"
     build_model(tmp_path / "wide", hidden_size=64)
@@ -362,7 +361,6 @@ def test_bad_input(script: object, tiny: Path, prompts: Path, problems: Path, ro
     evaluate = ("evaluate.py", "--model", tiny, "--benchmarks")
     cases = [
         ((*generate, prompts, "--model", tmp_path / "nowhere"), "nowhere"),
-        ((*generate, prompts, "--model", "nobody/nothing"), "HF_HUB_OFFLINE"),
         ((*generate, prompts, "--model", prompts), "is a file"),
         ((*generate, tmp_path / "empty.jsonl", "--model", tiny), "no rows"),
         ((*generate, tmp_path / "broken.jsonl", "--model", tiny), "line 2"),
@@ -383,6 +381,9 @@ def test_bad_input(script: object, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, rows, "--n", 21), "20 rows"),
         ((*train, rows, "--rank", 40), "--rank 16"),
         ((*train, rows, "--adapter", tmp_path / "adapter"), "another model's"),
+        ((*train, rows, "--adapter", tmp_path / "adapter", "--rank", 8), "--rank is of a new adapter"),
+        ((*train, rows, "--full", "--dropout", 0), "--dropout is of a new adapter"),
+        ((*train, rows, "--targets", "lm_head"), "lm_head"),
         ((*train, rows, "--out", tmp_path / "thesis"), "other files"),
         ((*train, rows, "--out", rows), "is a file"),
         ((*evaluate, "gsm8k", "--out", out), "gsm8k"),
@@ -392,18 +393,27 @@ def test_bad_input(script: object, tiny: Path, prompts: Path, problems: Path, ro
         (("evaluate.py", "--model", tiny), "--benchmarks"),
     ]
     for arguments, message in cases:
-        assert_refused(script(*arguments, HF_HUB_OFFLINE="1"), message)
+        assert_refused(script(*arguments), message)
         assert not out.exists() or os.listdir(out) == [], arguments
     assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
 
 
-def test_diverging_training_names_step_and_rows(script: object, tiny: Path, rows: Path, tmp_path: Path) -> None:
+def test_as_a_process(tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    """What the tests in this process can't show: the exit code, a hub that is offline, an argument that is no number."""
+    generate = ("generate.py", "--prompts", prompts, "--out", tmp_path / "rows.jsonl", "--model")
+    assert_refused(run_process(*generate, "nobody/nothing", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
+    assert_refused(run_process(*generate, tiny, "--n", "many"), "--n")
+    assert os.listdir(tmp_path) == []
+    assert run_process(*generate, tiny, "--n", 2, "--max-new-tokens", 2).returncode == 0
+
+
+def test_diverging_training_names_step_and_rows(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     done = script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--lr", 1e20, "--out", tmp_path / "out")
     assert done.returncode == 2 and "at step" in done.stderr and "--lr" in done.stderr
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_dropped_rows_are_listed(script: object, tiny: Path, tmp_path: Path) -> None:
+def test_dropped_rows_are_listed(script: Script, tiny: Path, tmp_path: Path) -> None:
     write_long_rows(tmp_path / "long.jsonl")
     done = script("train.py", "--model", tiny, "--data", tmp_path / "long.jsonl", "--rank", 4, "--drop-long",
                   "--steps", 1, "--out", tmp_path / "out")
