@@ -399,7 +399,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
 
 
 def test_as_a_process(tiny: Path, prompts: Path, tmp_path: Path) -> None:
-    """What the tests in this process can't show: the exit code, a hub that is offline, an argument that is no number."""
+    """What tests in this process can't show: the exit code, a hub that is offline, an argument that is no number."""
     generate = ("generate.py", "--prompts", prompts, "--out", tmp_path / "rows.jsonl", "--model")
     assert_refused(run_process(*generate, "nobody/nothing", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
     assert_refused(run_process(*generate, tiny, "--n", "many"), "--n")
