@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, natural, positive_int
+from base.options import Parser, device_options, positive_int, seed
 from generate import (
+    check_adapter,
     encode_prompts,
     load_model,
     make_sampler,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from data.rows import GrowingRows
     from model.chat import Chat
     from model.decoder import Decoder
+    from model.sampler import Sampler
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -40,20 +42,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="mmlu, math500, or JSONL files of problems")
     parser.add_argument("--n", type=positive_int, help="problems of each, a seeded sample stratified by level or "
                         "subject, the same for every model (default: all)")
-    parser.add_argument("--sample-seed", type=int, default=0, help="of that sample")
+    parser.add_argument("--sample-seed", type=seed, default=0, help="of that sample")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--scramble", type=natural, metavar="SEED", help="replace --adapter by Gaussian noise on the "
+    parser.add_argument("--scramble", type=seed, metavar="SEED", help="replace --adapter by Gaussian noise on the "
                         "weights, of the same norm matrix by matrix (a control)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="graded rows and summary.json")
     parser.add_argument("--rescore", type=Path, metavar="DIR", help="grade the rows in DIR again, and nothing else")
-    sampling_options(parser, temperature=0.0, max_new_tokens=1024)
+    sampling_options(parser, default_temperature=0.0, max_new_tokens=1024)
     device_options(parser)
     args = parser.parse_args(argv)
     missing = [f"--{name}" for name in ("model", "benchmarks", "out") if getattr(args, name) is None]
+    if args.rescore is not None and len(missing) < 3:
+        parser.error("--rescore takes nothing but the folder: the rows are graded again as they are")
     if args.rescore is None and missing:
         parser.error(f"the following arguments are required: {', '.join(missing)} (or --rescore DIR alone)")
     if args.scramble is not None and args.adapter is None:
         parser.error("--scramble takes the norms of an --adapter")
+    check_adapter(parser, args)
     return args
 
 
@@ -65,13 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     from analysis.statistics import summarise
     from base.files import same_run_folder, write_json, write_record
-    from data.benchmarks import load_benchmark
+    from data.benchmarks import load_benchmarks
     from data.rows import read_rows
 
-    benchmarks = [load_benchmark(name, args.n, args.sample_seed) for name in dict.fromkeys(args.benchmarks)]
-    names = [benchmark.name for benchmark in benchmarks]
-    if len(set(names)) < len(names):
-        raise UserError("two --benchmarks have the same name and would share a file; rename one")
+    benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed)
     options = {"benchmarks": {b.name: b.dataset["sha256"] for b in benchmarks}, "n": args.n,
                "sample_seed": args.sample_seed, "system": args.system, "scramble": args.scramble,
                **model_identity(args), **sampling_identity(args)}
@@ -85,29 +87,34 @@ def main(argv: list[str] | None = None) -> None:
     model, chat = load_model(args)
     if args.scramble is not None:
         lora.scramble(model, args.scramble)
+    sampler = make_sampler(model, chat, args)
+    prompts = {benchmark.name: [{"id": problem.id, "prompt": problem.prompt, "system": args.system}
+                                for problem in benchmark.problems] for benchmark in benchmarks}
+    encoded = {name: encode_prompts(sampler, chat, rows) for name, rows in prompts.items()}
     write_record(record, options, {"adapter": args.adapter})
     summary = {}
     for benchmark in benchmarks:
         start = time.perf_counter()
         path = args.out / f"{benchmark.name}.jsonl"
-        rows = read_rows(path) if path.exists() else answer(benchmark, model, chat, args, path)
+        if path.exists():
+            rows = read_rows(path)
+        else:
+            rows = answer(benchmark, sampler, chat, prompts[benchmark.name], encoded[benchmark.name], path)
         summary[benchmark.name] = summarise(rows) | {"grader": benchmark.grader, "dataset": benchmark.dataset}
         print(f"{args.out}: {one_line(benchmark.name, summary[benchmark.name])}, {time.perf_counter() - start:.0f} s")
     write_json(args.out / "summary.json", summary)  # last: it says that all is there
 
 
-def answer(benchmark: "Benchmark", model: "Decoder", chat: "Chat", args: argparse.Namespace, path: Path) -> list[dict]:
+def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list[dict],
+           encoded: dict[str, list[int]], path: Path) -> list[dict]:
     """The model's graded responses (C3), also written to `path`; what an earlier run left of them is kept."""
     from data.rows import GrowingRows
 
-    prompts = [{"id": problem.id, "prompt": problem.prompt, "system": args.system} for problem in benchmark.problems]
     with GrowingRows(path) as rows:
-        sampler = make_sampler(model, chat, args)
-        encoded = encode_prompts(sampler, chat, prompts)
         if benchmark.choices:
-            pick(benchmark, model, chat, prompts, encoded, rows)
+            pick(benchmark, sampler.model, chat, prompts, encoded, rows)
         else:
-            respond(sampler, chat, prompts, encoded, rows, title=f"{args.out.name}/{benchmark.name}")
+            respond(sampler, chat, prompts, encoded, rows, title=f"{path.parent.name}/{benchmark.name}")
         answered = []
         for problem in benchmark.problems:
             row = rows.rows[problem.id]
@@ -138,6 +145,9 @@ def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[d
                 raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart by "
                                 "their first token")
             scores = score_next(model, [encoded[row["id"]] for row in part], tokens)
+            if not scores.isfinite().all():
+                raise UserError(f"the model's output for {benchmark.name} is not finite: its weights or its adapter "
+                                "are damaged")
             for row, logprobs in zip(part, scores.tolist(), strict=True):
                 best = max(range(len(tokens)), key=logprobs.__getitem__)
                 rows.append({"id": row["id"], "response": benchmark.choices[best], "finish_reason": "stop"})
@@ -164,7 +174,9 @@ def rescore(folder: Path) -> None:
     summary = read_json(folder / "summary.json")
     for name, entry in summary.items():
         path = folder / f"{name}.jsonl"
-        rows = grade(read_rows(path, needed=("response", "gold")), entry["grader"])
+        if not isinstance(entry, dict) or "grader" not in entry or "correct" not in entry:
+            raise UserError(f"{folder / 'summary.json'} has no grader for {name}; evaluate again")
+        rows = grade(read_rows(path, needed=("response", "gold", "finish_reason")), entry["grader"])
         write_rows(path, rows)
         summary[name] = entry | summarise(rows)
         changed = "" if summary[name]["correct"] == entry["correct"] else f" (was {entry['correct']} correct)"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, natural, number, positive_int
+from base.options import Parser, device_options, natural, number, positive_int, seed, temperature
 
 if TYPE_CHECKING:
     from data.rows import GrowingRows
@@ -34,25 +34,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="response rows")
     sampling_options(parser)
     device_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_adapter(parser, args)
+    return args
+
+
+def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse --adapter-scale without --adapter, and fill in its default."""
+    if args.adapter_scale is not None and args.adapter is None:
+        parser.error("--adapter-scale needs an --adapter")
+    args.adapter_scale = 1.0 if args.adapter_scale is None else args.adapter_scale
 
 
 def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --model, --adapter and --adapter-scale."""
     parser.add_argument("--model", required=required, metavar="M", help="hub name, or folder in Hugging Face layout")
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, folder or hub name")
-    parser.add_argument("--adapter-scale", type=number(float), default=1.0, help="multiplies the adapter's effect")
+    parser.add_argument("--adapter-scale", type=number(float), metavar="S",
+                        help="multiplies the adapter's effect (default: 1)")
 
 
-def sampling_options(parser: argparse.ArgumentParser, temperature: float = 0.7, max_new_tokens: int = 512) -> None:
+def sampling_options(parser: argparse.ArgumentParser, default_temperature: float = 0.7,
+                     max_new_tokens: int = 512) -> None:
     """Add the options of sampling; the defaults are those of training data unless given."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=number(float, low=0), default=temperature, help="0 is greedy")
+    group.add_argument("--temperature", type=temperature, default=default_temperature, help="0 is greedy")
     group.add_argument("--top-p", type=number(float, above=0, high=1), default=1.0,
                        help="keep the likeliest tokens that hold this share of the probability")
     group.add_argument("--top-k", type=natural, default=0, help="keep this many of the likeliest tokens; 0 keeps all")
     group.add_argument("--max-new-tokens", type=positive_int, default=max_new_tokens, help="limit of a response")
-    group.add_argument("--seed", type=int, default=0, help="of the run; each row has its own from it and its id")
+    group.add_argument("--seed", type=seed, default=0, help="of the run; each row has its own from it and its id")
     group.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
 
 
@@ -73,16 +84,18 @@ def main(argv: list[str] | None = None) -> None:
     if same_run(record, options) and args.out.exists():
         print(f"{args.out}: done already")
         return
-    if args.out.exists() and not record.exists():
-        raise UserError(f"{args.out} is there already and was not written by this command; choose another --out")
+    rows = GrowingRows(args.out)
+    for path in (args.out, rows.partial):
+        if path.exists() and not record.exists():
+            raise UserError(f"{path} is there already and was not written by this command; choose another --out")
 
     model, chat = load_model(args)
     sampler = make_sampler(model, chat, args)
+    encoded = encode_prompts(sampler, chat, prompts)
+    write_record(record, options, {"prompts": dataset, "adapter": args.adapter})
     start = time.perf_counter()
-    with GrowingRows(args.out) as rows:
-        requests = encode_prompts(sampler, chat, prompts)
-        write_record(record, options, {"prompts": dataset, "adapter": args.adapter})
-        respond(sampler, chat, prompts, requests, rows, title=args.out.name)
+    with rows:
+        respond(sampler, chat, prompts, encoded, rows, title=args.out.name)
         rows.finish(rows.rows[prompt["id"]] for prompt in prompts)
     finished = [rows.rows[prompt["id"]] for prompt in prompts]
     cut = sum(row["finish_reason"] == "length" for row in finished)
@@ -99,7 +112,7 @@ def model_identity(args: argparse.Namespace) -> dict:
             "adapter_revision": fingerprint(model_folder(args.adapter)) if args.adapter else None,
             "adapter_scale": args.adapter_scale if args.adapter else None,
             "dtype": str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch."),
-            "template_options": args.template_options}
+            "template_options": args.template_options, "today": args.today}
 
 
 def sampling_identity(args: argparse.Namespace) -> dict:
@@ -116,7 +129,7 @@ def load_model(args: argparse.Namespace) -> tuple["Decoder", "Chat"]:
 
     folder = model_folder(args.model)
     model = weights.load(folder, *resolve_device(args.device, args.dtype))
-    chat = Chat(folder, model.config, args.template_options)
+    chat = Chat(folder, model.config, args.template_options, args.today)
     if args.adapter:
         lora.load(model, args.adapter, args.adapter_scale)
     return model, chat

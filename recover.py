@@ -28,11 +28,11 @@ import evaluate
 import generate
 import train
 from base.errors import run_script
-from base.options import Parser, device_options, number, positive_int
+from base.options import Parser, device_options, positive_int, temperature
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
 TRAINING = ("lr", "schedule", "warmup", "clip", "weight_decay", "seed", "micro_batch_tokens", "save_every")
-MACHINE = ("device", "dtype", "template_options")
+MODEL = ("device", "dtype", "template_options", "today")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="numbers of native examples, a recovered checkpoint each")
     parser.add_argument("--controls", action="store_true", help="also SFT on native data, noise, more teacher data")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
-    parser.add_argument("--temperature", type=number(float, low=0), default=0.7,
+    parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")
     parser.add_argument("--recover-epochs", type=positive_int, default=2, help="passes over the native examples")
     parser.add_argument("--recover-batch-tokens", type=positive_int, default=1024,
@@ -61,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.recover_with = sorted(set(args.recover_with))
     train.resolve_adapter(args)
+    train.check_dtype(parser, args)
     return args
 
 
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from base.files import read_json, same_run_folder, write_json, write_record
     from base.hub import fingerprint, model_folder
     from base.options import resolve_device
-    from data.benchmarks import load_benchmark
+    from data.benchmarks import load_benchmarks
     from data.prompts import load_prompts
 
     # Whatever can be wrong with the input is found before the first hour is spent
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     for role in ("student", "teacher"):
         options[f"{role}_revision"] = fingerprint(model_folder(getattr(args, role)))
     _, prompts = load_prompts(args.prompts, 0, args.n_train + most)
-    benchmarks = [load_benchmark(name, args.n, 0) for name in args.benchmarks]
+    benchmarks = load_benchmarks(args.benchmarks, args.n, 0)
     options["prompts_sha256"] = prompts["sha256"]
     options["benchmarks"] = {benchmark.name: benchmark.dataset["sha256"] for benchmark in benchmarks}
     if same_run_folder(out / "config.json", options) and (out / "report.json").exists():
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def run(script: ModuleType, place: str, *arguments: object) -> Path:
         """Run one stage, a script's command that writes `place`, and note its time; returns the place's path."""
-        words = [*map(str, arguments), *as_arguments(args, MACHINE), "--out", str(out / place)]
+        words = [*map(str, arguments), *as_arguments(args, MODEL), "--out", str(out / place)]
         print(f"\n$ python {script.__name__}.py {shlex.join(words)}", flush=True)
         start = time.perf_counter()
         try:
@@ -110,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     benchmarking = ("--benchmarks", *args.benchmarks, "--n", args.n, *sampling)
     first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …
     behind = ("--skip", args.n_train, "--n", most)  # … and of recovery, which are others
-    learning = ("--model", args.student, *as_arguments(args, TRAINING))
+    # a response that the student's context can't hold is left out, and listed
+    learning = ("--model", args.student, "--drop-long", *as_arguments(args, TRAINING))
     sft = (*learning, *as_arguments(args, (*train.NEW_ADAPTER, "epochs", "steps", "batch_tokens")))
     recovery = (*learning, "--epochs", args.recover_epochs, "--batch-tokens", args.recover_batch_tokens)
 
@@ -120,7 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     run(evaluate, "evals/base", "--model", args.student, *benchmarking)
     off_model = run(train, "off_model", "--data", teacher_rows, *sft)
 
+    checkpoints = ["base", "teacher"]
+
     def evaluate_adapter(checkpoint: str, adapter: Path, *more: object) -> None:
+        checkpoints.append(checkpoint)
         run(evaluate, f"evals/{checkpoint}", "--model", args.student, "--adapter", adapter, *more, *benchmarking)
 
     evaluate_adapter("off_model", off_model)
@@ -138,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from analysis.report import summary_table, write_report
 
-    report = write_report(out, args.student, args.teacher, seconds)
+    report = write_report(out, args.student, args.teacher, checkpoints, seconds)
     print(f"\n{summary_table(report)}\n{out / 'report.md'}")
 
 
@@ -158,21 +163,25 @@ def check_sampler(args: argparse.Namespace) -> None:
     """Assert that sampler and trainer give the same log-probabilities for the same tokens.
 
     Whatever breaks this (a mask, a cache, a position) makes "native" data foreign, and the experiment measure a bug.
+    With a new adapter on the student, so that one that doesn't fit it is found now.
     """
     import torch
 
+    from model import lora
     from model.loss import response_logprobs
     from model.sampler import Sampler
 
     model, chat = generate.load_model(argparse.Namespace(**vars(args), model=args.student, adapter=None))
-    sampler = Sampler(model, chat.stop_ids, max_new_tokens=24, temperature=1.0, seed=args.seed)
+    lora.attach(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)), args.seed)
+    sampler = Sampler(model.eval(), chat.stop_ids, max_new_tokens=24, temperature=1.0, seed=args.seed)
     questions = ("Name three primary colours.", "Why is the sky blue? Answer in one sentence.", "Count to five.")
     prompts = {question: chat.prompt(question) for question in questions}
-    worst = 0.0
+    differences = []
     for response in sampler.generate(list(prompts.items())):
         prompt = prompts[response.id]
         expected = response_logprobs(model, prompt + response.tokens, len(prompt), len(prompt) + len(response.tokens))
-        worst = max(worst, (expected.cpu() - torch.tensor(response.logprobs)).abs().max().item())
+        differences.append((expected.cpu() - torch.tensor(response.logprobs)).abs().max().item())
+    worst = max(differences)
     # 8 bits of mantissa through 30 layers: in bfloat16 a log-probability moves by some hundredths
     bound = 1e-3 if model.embed_tokens.weight.dtype == torch.float32 else 0.5
     assert worst < bound, f"sampler and trainer disagree: a log-probability differs by {worst}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, number, positive_int
+from base.options import Parser, device_options, number, positive_int, seed
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -56,9 +56,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is of a new adapter: not to be given with --full or --adapter")
     if not (args.full or args.adapter):
         resolve_adapter(args)
+    check_dtype(parser, args)
+    return args
+
+
+def check_dtype(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what can't be trained in."""
     if args.dtype == "float16":
         parser.error("--dtype float16 underflows in training: float32 or bfloat16 would do")
-    return args
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
@@ -74,13 +79,15 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
-    group.add_argument("--steps", type=positive_int, help="optimiser steps, instead of --epochs")
-    group.add_argument("--batch-tokens", type=positive_int, default=4096, help="tokens of an optimiser step, at most")
+    group.add_argument("--steps", type=number(int, low=1, high=10**6), help="optimiser steps, instead of --epochs")
+    group.add_argument("--batch-tokens", type=positive_int, default=4096,
+                       help="tokens of an optimiser step, at most; a longer conversation is a step of its own")
     group.add_argument("--micro-batch-tokens", type=positive_int, default=1024,
-                       help="tokens in one forward pass: lower it if memory runs out; changes no result")
+                       help="tokens in one forward pass: lower it if memory runs out; changes no result but the units "
+                       "that dropout hits")
     group.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest norm of the gradient")
     group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="of AdamW")
-    group.add_argument("--seed", type=int, default=0, help="of order, initialisation and dropout")
+    group.add_argument("--seed", type=seed, default=0, help="of order, initialisation and dropout")
     group.add_argument("--save-every", type=positive_int, default=1, metavar="STEPS",
                        help="how often the state is saved, for a run that is stopped")
 
@@ -127,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     # The model, with what is trained switched on
     folder = model_folder(args.model)
     device, dtype = resolve_device(args.device, args.dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
     model = weights.load(folder, device, torch.float32 if args.full else dtype)
     if args.full:
@@ -141,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
 
     # The data, and the examples of every step
-    chat = Chat(folder, model.config, args.template_options)
+    chat = Chat(folder, model.config, args.template_options, args.today)
+    if args.max_length and args.max_length > model.config.max_positions:
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {model.config.max_positions}")
     examples, dropped = encode_rows(chat, rows, args.max_length or model.config.max_positions, args.drop_long)
     lengths = [len(example.tokens) for example in examples]
     plan = plan_steps(lengths, args.batch_tokens, args.seed, args.epochs, args.steps)
@@ -149,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
              "rows": len(rows), "dropped": dropped, "conversations": len(examples),
              "cut_responses": sum(row.get("finish_reason") == "length" for row in rows), "tokens": sum(lengths),
              "supervised_tokens": sum(example.supervised for example in examples), "steps": len(plan)}
-    print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped = {facts['conversations']} conversations "
-          f"({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} tokens, "
-          f"{facts['supervised_tokens']} supervised, {facts['steps']} steps")
+    print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped{listed(dropped)} = {facts['conversations']} "
+          f"conversations ({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} "
+          f"tokens, {facts['supervised_tokens']} supervised, {facts['steps']} steps")
     print(show_example(chat, examples[plan[0][0]]))
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -181,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(examples[i].id for i in plan[step][:10])
                 raise UserError(f"the loss is {loss} and its gradient {norm} at step {step + 1} (rows {ids}); a lower "
-                                "--lr would do, unless a row is to blame")
+                                "--lr with another --out would do, unless a row is to blame")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -206,13 +217,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -> tuple[list["Example"], list[str]]:
-    """Conversations as token ids with their supervised spans, and the ids of those left out for their length."""
+    """Conversations as token ids with their supervised spans, and the ids of those left out: empty or too long."""
     from data.packing import Example
 
-    examples, long = [], []
+    examples, empty, long = [], [], []
     for row in rows:
         if not row["response"].strip():
-            raise UserError(f"the response of {row['id']} is empty: there is nothing to train on; leave the row out")
+            empty.append(row["id"])
+            continue
         ended = row.get("finish_reason") != "length"
         turn = chat.turn(row["prompt"], row["response"], row.get("system"), ended)
         if len(turn.tokens) > longest:
@@ -220,12 +232,17 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
         else:
             examples.append(Example(row["id"], turn.tokens, turn.first, turn.last))
     if long and not drop_long:
-        raise UserError(f"{len(long)} of {len(rows)} conversations are longer than {longest} tokens "
-                        f"({', '.join(long[:10])}{', …' if len(long) > 10 else ''}); raise --max-length, or leave them "
-                        "out with --drop-long")
+        raise UserError(f"{len(long)} of {len(rows)} conversations are longer than {longest} tokens{listed(long)}; "
+                        "raise --max-length, or leave them out with --drop-long")
     if not examples:
-        raise UserError(f"all {len(rows)} conversations are longer than {longest} tokens; raise --max-length")
-    return examples, long
+        raise UserError(f"nothing to train on: of {len(rows)} rows {len(empty)} have an empty response, and "
+                        f"{len(long)} are longer than {longest} tokens")
+    return examples, empty + long
+
+
+def listed(ids: list[str]) -> str:
+    """" (a, b, c)" of the first ten, or nothing."""
+    return f" ({', '.join(ids[:10])}{', …' if len(ids) > 10 else ''})" if ids else ""
 
 
 def show_example(chat: "Chat", example: "Example") -> str:

@@ -8,7 +8,6 @@ from base.errors import UserError
 from base.files import read_json, whole, write_json, write_text
 from data.rows import read_rows
 
-ORDER = ("base", "teacher", "off_model")  # then recovered_<N>, then control_<name>
 CONTROLS = {
     "control_native": "SFT on the student's own responses to the teacher's prompts: does SFT as such do harm?",
     "control_noise": "Gaussian noise of each matrix's own norm of the SFT's change: is it noise on the weights?",
@@ -20,9 +19,10 @@ COLOURS = {"base": "#0072b2", "teacher": "#6b6b6b", "off_model": "#d55e00", "rec
            "control": "#cc79a7"}
 
 
-def write_report(folder: Path, student: str, teacher: str, seconds: dict[str, float]) -> dict:
-    """Read evals/, write report.json, report.md and figures/ (contract C5); returns what report.json holds."""
-    rows = read_evaluations(folder / "evals")
+def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence[str],
+                 seconds: dict[str, float]) -> dict:
+    """From evals/<checkpoint> to report.json, report.md and figures/ (contract C5); returns what report.json holds."""
+    rows = read_evaluations(folder / "evals", checkpoints)
     report = build(rows) | {"seconds": seconds}
     report = {"student": student, "teacher": teacher} | report
     draw_accuracy(report, folder / "figures" / "accuracy.png")
@@ -33,27 +33,17 @@ def write_report(folder: Path, student: str, teacher: str, seconds: dict[str, fl
     return report
 
 
-def read_evaluations(folder: Path) -> dict[str, dict[str, list[dict]]]:
-    """Graded rows by checkpoint and benchmark, of the finished evaluations; all on the same problems."""
-    found = {path.parent.name: path.parent for path in folder.glob("*/summary.json")}
-    named = sorted(found, key=_position)
-    rows = {name: {benchmark: read_rows(found[name] / f"{benchmark}.jsonl")
-                   for benchmark in read_json(found[name] / "summary.json")} for name in named}
-    for name in named:
-        for benchmark, base_rows in rows["base"].items():
+def read_evaluations(folder: Path, checkpoints: Sequence[str]) -> dict[str, dict[str, list[dict]]]:
+    """Graded rows by checkpoint and benchmark; all on the same problems as the first checkpoint's."""
+    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl")
+                   for benchmark in read_json(folder / name / "summary.json")} for name in checkpoints}
+    first = checkpoints[0]
+    for name in checkpoints:
+        for benchmark, first_rows in rows[first].items():
             ids = [row["id"] for row in rows[name].get(benchmark, [])]
-            if ids != [row["id"] for row in base_rows]:
-                raise UserError(f"{found[name]} and {found['base']} are not on the same {benchmark} problems")
+            if ids != [row["id"] for row in first_rows]:
+                raise UserError(f"{folder / name} and {folder / first} are not on the same {benchmark} problems")
     return rows
-
-
-def _position(checkpoint: str) -> tuple:
-    """Sort key: base, teacher, off_model, recovered by N, controls."""
-    if checkpoint in ORDER:
-        return (0, ORDER.index(checkpoint), "")
-    if checkpoint.startswith("recovered_"):
-        return (1, int(checkpoint.removeprefix("recovered_")), "")
-    return (2, 0, checkpoint)
 
 
 def build(rows: dict[str, dict[str, list[dict]]]) -> dict:

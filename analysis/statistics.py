@@ -15,7 +15,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     p, z2 = correct / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (max(0.0, centre - half) if correct else 0.0), (min(1.0, centre + half) if correct < n else 1.0)
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -31,14 +31,17 @@ def mcnemar(lost: int, gained: int) -> float:
 def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> dict:
     """before - after in percentage points: "points", "ci95" (bootstrap over problems, 10,000 draws), exact "p".
 
-    The two sequences are verdicts on the same problems in the same order.
+    The two sequences are verdicts on the same problems in the same order. The bootstrap draws from the counts with
+    half a problem added to each of the four kinds (as Agresti and Min 2005 do for their interval): else 20 problems
+    without a change would give the interval [0, 0].
     """
     assert len(before) == len(after), "paired verdicts must be on the same problems"
     n = len(before)
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
     # a resample of problems matters only by how many of each kind it holds
-    draws = np.random.default_rng(seed).multinomial(n, [lost / n, gained / n, (n - lost - gained) / n], size=10_000)
+    shares = np.array([lost + 0.5, gained + 0.5, n - lost - gained + 1.0]) / (n + 2)
+    draws = np.random.default_rng(seed).multinomial(n, shares, size=10_000)
     differences = 100 * (draws[:, 0] - draws[:, 1]) / n
     low, high = np.percentile(differences, [2.5, 97.5])
     return {"points": 100 * (lost - gained) / n, "ci95": [float(low), float(high)], "p": mcnemar(lost, gained)}
@@ -50,13 +53,15 @@ def summarise(rows: Sequence[dict]) -> dict:
     Truncated are those cut at the limit, unparsed those in which no answer was found; a row can be both.
     """
     correct = sum(row["correct"] for row in rows)
-    levels = sorted({row["level"] for row in rows} - {None}, key=lambda level: (isinstance(level, str), level))
+    named = [None if row.get("level") is None else str(row["level"]) for row in rows]
+    levels = sorted(set(named) - {None}, key=lambda level: (len(level), level) if level.isdigit() else (99, level))
     return {
         "n": len(rows), "correct": correct, "accuracy": correct / len(rows), "ci95": list(wilson(correct, len(rows))),
         "unparsed": sum(row["extracted"] is None for row in rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows),
         "grader_timeouts": sum(row.get("note") is not None for row in rows),
-        "by_level": {str(level): {"n": sum(row["level"] == level for row in rows),
-                                  "correct": sum(row["level"] == level and row["correct"] for row in rows)}
+        "by_level": {level: {"n": named.count(level),
+                             "correct": sum(row["correct"] and name == level
+                                            for row, name in zip(rows, named, strict=True))}
                      for level in levels},
     }

@@ -1,8 +1,12 @@
 """Mistakes that the user can mend, and how a script ends on them."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+
+STOPPED = "stopped: what is finished is kept, and the same command continues from it"
+MEMORY = "error: out of memory; lower --slots (generate, evaluate) or --micro-batch-tokens (train)"
 
 
 class UserError(Exception):
@@ -20,19 +24,27 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say("stopped: what is finished is kept, and the same command continues from it", 130))
-    except RuntimeError as error:
-        # torch.OutOfMemoryError, named by its class so that `--help` need not import torch
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        sys.exit(_say("error: out of GPU memory; lower --slots (generate, evaluate) or --micro-batch-tokens (train)",
-                      2))
+        sys.exit(_say(STOPPED, 130))
     except BrokenPipeError:
-        sys.exit(0)  # `... | head` closed our stdout: nothing is wrong
+        # `... | head` closed our stdout: the shell's code for it, and nowhere for the last flush to fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_say(STOPPED, 141))
+    except MemoryError:
+        sys.exit(_say(MEMORY, 2))
+    except OSError as error:
+        # a full disk, a folder without permission, a name that is too long
+        sys.exit(_say(f"error: {error.filename or 'a file'} can't be used: {error.strerror or error}", 2))
+    except Exception as error:
+        # torch's and safetensors' errors, told by their names so that `--help` need not import either
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            sys.exit(_say(MEMORY, 2))
+        if type(error).__name__ == "SafetensorError":
+            sys.exit(_say(f"error: a safetensors file can't be used: {error}", 2))
+        raise
 
 
 def _terminate(signum: int, frame: object) -> None:
-    sys.exit(_say("stopped: what is finished is kept, and the same command continues from it", 143))
+    sys.exit(_say(STOPPED, 143))
 
 
 def _say(sentence: str, code: int) -> int:

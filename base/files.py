@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +30,8 @@ def whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +59,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`; anything else is a `UserError`."""
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of over 4,300 digits
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is needed")
@@ -94,7 +95,8 @@ def same_run_folder(record: Path, options: dict) -> bool:
     folder = record.parent
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and --out needs a folder")
-    if folder.is_dir() and not record.exists() and any(folder.iterdir()):
+    # a *.part is what a kill in the middle of `whole` leaves
+    if folder.is_dir() and not record.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         raise UserError(f"{folder} holds other files and no {record.name}; choose another --out")
     return same_run(record, options)
 

@@ -1,7 +1,9 @@
 """From a name to files on disk: models and data sets, from the Hugging Face hub or from folders."""
 
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from base.errors import UserError
 
 # Not *.bin or *.pt: pickles execute code when they are read.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja"]
+OTHER_FORMATS = ["original/*", "consolidated*"]  # the same weights again, in their makers' own layout
 
 
 @contextmanager
@@ -17,6 +20,7 @@ def _plain_errors(kind: str, name: str) -> Iterator[None]:
     """Turn the hub library's many errors into one sentence."""
     from huggingface_hub import constants, errors
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its warnings say in ten lines what we say in one
     try:
         yield
     except errors.HFValidationError as error:
@@ -35,7 +39,7 @@ def _plain_errors(kind: str, name: str) -> Iterator[None]:
 
 def model_folder(name: str) -> Path:
     """The folder of a model or adapter: `name` itself if it is one, else the hub's snapshot of that name."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
@@ -43,7 +47,7 @@ def model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with _plain_errors("model", name):
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FORMATS))
 
 
 def dataset_file(repo: str, filename: str) -> tuple[Path, str]:
@@ -56,9 +60,10 @@ def dataset_file(repo: str, filename: str) -> tuple[Path, str]:
 
 
 def revision(path: Path) -> str | None:
-    """The commit hash of a file or folder in the hub cache (…/snapshots/<commit>/…); None elsewhere."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    """The commit hash of a file or folder in the hub cache; None elsewhere."""
+    # not resolved: the files of a snapshot are links to blobs
+    found = re.search(r"/(?:models|datasets)--[^/]+/snapshots/([0-9a-f]{40})(?:/|$)", path.absolute().as_posix())
+    return found[1] if found else None
 
 
 def fingerprint(folder: Path) -> str:
@@ -72,7 +77,7 @@ def fingerprint(folder: Path) -> str:
         return commit
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.jinja")]):
-        if path.name in ("config.json", "metrics.jsonl") and (folder / "adapter_config.json").exists():
+        if path.name == "config.json" and (folder / "adapter_config.json").exists():
             continue  # the training run's record: it says when and with what, not what came out
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from datetime import date
 from typing import TYPE_CHECKING
 
 from base.errors import UserError
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None) -> None:
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action: argparse.Action) -> str:
-                if action.default in (None, False) or action.required:
+                if action.default is None or action.default is False or action.required:
                     return action.help or ""
                 return super()._get_help_string(action) or ""
 
@@ -31,12 +32,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def device_options(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --dtype and --template-options."""
-    group = parser.add_argument_group("machine")
+    """Add --device, --dtype, --template-options and --today."""
+    group = parser.add_argument_group("model")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
     group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
     group.add_argument("--template-options", type=json_object, default={}, metavar="JSON",
                        help='variables for the chat template, such as \'{"enable_thinking": false}\' for Qwen3')
+    group.add_argument("--today", type=iso_date, metavar="YYYY-MM-DD", help="the date, for a chat template that asks "
+                       "for it (default: none, so that prompts are the same tomorrow)")
 
 
 def resolve_device(device: str | None, dtype: str | None) -> tuple["torch.device", "torch.dtype"]:
@@ -47,6 +50,8 @@ def resolve_device(device: str | None, dtype: str | None) -> tuple["torch.device
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UserError(f"--device {device} is not a torch device; cpu, cuda or cuda:1 would do") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported; cpu, cuda or cuda:1 would do")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device} needs a CUDA GPU and torch sees none; --device cpu would do")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -58,10 +63,26 @@ def json_object(text: str) -> dict:
     """argparse type: a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def iso_date(text: str) -> str:
+    """argparse type: a date as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date; 2026-01-31 would do") from error
+
+
+def temperature(text: str) -> float:
+    """argparse type: 0, or a temperature at which logits can be divided by it in float32."""
+    value = number(float, low=0, high=1e3)(text)
+    if 0 < value < 1e-3:
+        raise argparse.ArgumentTypeError(f"{text} is too small: 0 is greedy, and sampling starts at 0.001")
     return value
 
 
@@ -85,3 +106,4 @@ def number(kind: type, low: float = float("-inf"), high: float = float("inf"),
 
 positive_int = number(int, low=1)
 natural = number(int, low=0)
+seed = number(int, low=0, high=2**63 - 1)

@@ -24,7 +24,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Batch:
     """Conversations one behind the other, for one forward pass."""
 
     tokens: Tensor  # (T,) int64
@@ -59,16 +59,18 @@ def plan_steps(lengths: Sequence[int], batch_tokens: int, seed: int, epochs: int
 def group(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Consecutive runs of `order` whose lengths add up to at most `budget` (or a single one that is longer)."""
     run: list[int] = []
+    total = 0
     for i in order:
-        if run and sum(lengths[j] for j in run) + lengths[i] > budget:
+        if run and total + lengths[i] > budget:
             yield run
-            run = []
+            run, total = [], 0
         run.append(i)
+        total += lengths[i]
     if run:
         yield run
 
 
-def pack(examples: Sequence[Example], device: torch.device) -> Packed:
+def pack(examples: Sequence[Example], device: torch.device) -> Batch:
     """Lay examples one behind the other."""
     lengths = [len(example.tokens) for example in examples]
     tokens = torch.tensor([token for example in examples for token in example.tokens])
@@ -78,4 +80,4 @@ def pack(examples: Sequence[Example], device: torch.device) -> Packed:
         start += length
     positions = torch.cat([torch.arange(length) for length in lengths])
     places = torch.cat(sources)
-    return Packed(tokens.to(device), positions.to(device), lengths, places.to(device), tokens[places + 1].to(device))
+    return Batch(tokens.to(device), positions.to(device), lengths, places.to(device), tokens[places + 1].to(device))

@@ -16,7 +16,7 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
     `source` is "alpaca" or a JSONL file with `id`, `prompt` and, if any, `system`.
     """
     if source == "alpaca":
-        raw, dataset = read_dataset(*ALPACA)
+        raw, dataset = read_dataset(*ALPACA, columns=("instruction", "input"))
         rows = [{"id": f"alpaca/{i}", "prompt": alpaca_prompt(row), "system": None} for i, row in enumerate(raw)]
     elif Path(source).exists():
         rows = [{"id": row["id"], "prompt": row["prompt"], "system": row.get("system")}

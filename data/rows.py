@@ -76,14 +76,17 @@ class GrowingRows:
         self.path, self.key = path, key
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
         self.rows: dict[object, dict] = {}
-        if self.partial.exists():
-            whole_lines = self.partial.read_bytes().rpartition(b"\n")[0].decode()
-            for number, line in enumerate(filter(None, whole_lines.split("\n")), 1):
-                row = parse_row(line, f"{self.partial}, line {number}")
-                self.rows[row.get(key)] = row
-            write_rows(self.partial, self.rows.values())
 
     def __enter__(self) -> "GrowingRows":
+        if self.partial.exists():
+            whole_lines = self.partial.read_bytes().rpartition(b"\n")[0]
+            for number, line in enumerate(filter(None, whole_lines.split(b"\n")), 1):
+                where = f"{self.partial}, line {number}"
+                row = parse_row(line.decode(errors="replace"), where)
+                if self.key not in row:
+                    raise UserError(f"{where} lacks the field {self.key}; delete the file to start again")
+                self.rows[row[self.key]] = row
+            write_rows(self.partial, self.rows.values())
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.partial.open("a", encoding="utf-8", newline="\n")

@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from os.path import commonprefix
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,12 +42,15 @@ class Chat:
     """Tokenizer and chat template of a model folder.
 
     The environment is the one that transformers' `apply_chat_template` gives to templates (whitespace control, loop
-    controls, `tojson`, `raise_exception`, `strftime_now`), sandboxed, since templates come from strangers.
+    controls, `tojson`, `raise_exception`), sandboxed, since templates come from strangers. `strftime_now` is there
+    only when `today` is given, and gives that: a prompt that says another date tomorrow could not be repeated.
+    (Without it Llama 3's templates fall back on a fixed date.)
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, options: dict | None = None) -> None:
-        """`options` are variables for the template, such as Qwen3's enable_thinking."""
-        self.folder, self.options = folder, options or {}
+    def __init__(self, folder: Path, config: ModelConfig, options: dict | None = None,
+                 today: str | None = None) -> None:
+        """`options` are variables for the template, such as Qwen3's enable_thinking; `today` is YYYY-MM-DD."""
+        self.folder, self.options, self.today = folder, options or {}, today
         path = folder / "tokenizer.json"
         if not path.exists():
             raise UserError(f"{folder} has no tokenizer.json")
@@ -79,19 +81,18 @@ class Chat:
         `ended` is False for a response that was cut at a length limit: it has no end of turn, and training on one
         would teach the model to stop in mid-sentence.
 
-        The tokens are those of the template's own rendering, encoded in one piece, as `apply_chat_template` gives
-        them. The span is found by position: what the template puts around a placeholder is cut off the two ends of
-        the rendering, so that nothing a response contains, end-of-turn tokens included, can move it.
+        The text is the prompt, the response, and what the template puts behind one; encoded in one piece, as
+        `apply_chat_template` does. The span is found by position, so that nothing a response contains, end-of-turn
+        tokens included, can move it.
         """
+        prompt = self.render(user, system)
         text = self.render(user, system, response)
-        marker = uuid4().hex
-        before, _, _ = self.render(user, system, marker).partition(marker)
-        if not text.startswith(before):
-            # A template that rewrites this response (Qwen3 looks for a <think> block and renders it itself): the
-            # response is all in which the text differs from the prompt
-            before = commonprefix((text, self.render(user, system)))
-        if not text.endswith(self.closing):
-            raise UserError(f"the chat template of {self.folder} hides where this response ends: {response[-60:]!r}")
+        middle = text[len(prompt) : len(text) - len(self.closing)]
+        if text != prompt + middle + self.closing or middle.strip() != response.strip():
+            # The template rewrites responses: those of reasoning models drop what stands before </think>, or add an
+            # empty <think> block. White space aside, what is trained on must be what was written, behind the prompt
+            # that the sampler uses.
+            text = prompt + response + self.closing
         tokens = self.encode(text if ended else text[: len(text) - len(self.closing)])
         last = len(tokens)
         if ended:
@@ -101,7 +102,7 @@ class Chat:
             end = next((i for i, token in enumerate(closing) if token in self.stop_ids), len(closing) - 1)
             last -= len(closing) - end - 1
         # A token that straddles the seam ("\n" of the template, "\n" of the response) is the response's
-        opening = self.encode(before)
+        opening = self.encode(prompt)
         first = next((i for i, (a, b) in enumerate(zip(opening, tokens, strict=False)) if a != b), len(opening))
         return Turn(tokens, min(first, last), last)
 
@@ -132,7 +133,8 @@ class Chat:
             return self.template.render(messages=messages, add_generation_prompt=response is None, tools=None,
                                         documents=None, **self.special, **self.options)
         except Exception as error:  # a template is a program of a stranger's: it may raise anything
-            raise UserError(f"the chat template of {self.folder} fails on this chat: {error}") from error
+            hint = "; it asks for the date: give --today" if "strftime_now" in str(error) else ""
+            raise UserError(f"the chat template of {self.folder} fails on this chat: {error}{hint}") from error
 
     def _compile(self, source: str) -> jinja2.Template:
         """Compile the template in transformers' environment, sandboxed."""
@@ -140,7 +142,8 @@ class Chat:
                                                     extensions=[GenerationBlock, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        if self.today is not None:
+            environment.globals["strftime_now"] = datetime.fromisoformat(self.today).strftime
         try:
             return environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -175,7 +178,7 @@ def _to_json(value: object, ensure_ascii: bool = False, **layout: object) -> str
 
 def _content(token: str | dict) -> str:
     """A special token as text; tokenizer_config.json has it as such or as an object."""
-    return token["content"] if isinstance(token, dict) else str(token)
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
 def _find_template(folder: Path, settings: dict) -> str:

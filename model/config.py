@@ -57,8 +57,8 @@ def read_config(folder: Path) -> ModelConfig:
             raise UserError(f"{path} lacks the field {name}")
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{path}: the field {name} is {value!r}, which is not a valid value")
-        if kind is int and value < 1:
-            raise UserError(f"{path}: the field {name} is {value}, and must be at least 1")
+        if kind is int and not 1 <= value < 2**31:
+            raise UserError(f"{path}: the field {name} is {value}, and must be from 1 to 2^31")
         return value
 
     architectures = raw.get("architectures")
@@ -67,7 +67,9 @@ def read_config(folder: Path) -> ModelConfig:
                         f"supported are {', '.join(ARCHITECTURES)}")
     architecture = architectures[0]
     _refuse_unsupported(path, raw, architecture)
-
+    epsilon = field("rms_norm_eps", (int, float))
+    if not 0 <= epsilon < 1:
+        raise UserError(f"{path}: the field rms_norm_eps is {epsilon}, and must be from 0 to 1")
     hidden_size, num_heads = field("hidden_size"), field("num_attention_heads")
     # Llama 1 and 2 predate grouped queries: without the field every query head has keys and values of its own
     num_kv_heads = field("num_key_value_heads", default=num_heads if architecture == "LlamaForCausalLM" else None)
@@ -90,7 +92,7 @@ def read_config(folder: Path) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(field("rms_norm_eps", (int, float))),
+        rms_norm_eps=float(epsilon),
         max_positions=field("max_position_embeddings"),
         rope_theta=rope_theta,
         rope_type=rope_type,
@@ -112,16 +114,21 @@ def _refuse_unsupported(path: Path, raw: dict, architecture: str) -> None:
         if raw.get(name):
             raise UserError(f"{path}: the field {name} is {raw[name]!r}; supported is false")
     layer_types = raw.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        raise UserError(f"{path}: the field layer_types has {sorted(set(layer_types))}; supported is full_attention")
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise UserError(f"{path}: the field layer_types is {layer_types!r}; supported is full_attention in every layer")
     window = raw.get("sliding_window", 4096)  # transformers' default where the field is not given
+    starts, layers, context = raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 0), raw.get(
+        "max_position_embeddings", 0)
+    for name, value in (("sliding_window", window), ("max_window_layers", starts)):
+        if value is not None and not isinstance(value, int):
+            raise UserError(f"{path}: the field {name} is {value!r}, which is not a valid value")
     if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         # there it also needs a switch, and begins at the layer max_window_layers
-        reached = not layer_types and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0)
+        reached = not layer_types and (starts is None or not isinstance(layers, int) or starts < layers)
         window = window if raw.get("use_sliding_window") and reached else None
     elif architecture == "LlamaForCausalLM":
         window = None  # Llama has none: transformers passes over the field too
-    if window is not None and window < raw.get("max_position_embeddings", 0):
+    if window is not None and not (isinstance(context, int) and window >= context):
         raise UserError(f"{path}: sliding_window {window} is in force; supported is attention over the whole context")
 
 
@@ -134,7 +141,7 @@ def _read_rope(path: Path, raw: dict) -> tuple[float, str, dict[str, float]]:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: the rope settings are {settings!r}, which is not an object")
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"{path}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}")
     if settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{path}: partial_rotary_factor is set; supported is rotation of the whole head")

@@ -8,6 +8,7 @@ is for saving. As a program it merges:
 """
 
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ NEUTRAL = {
     "peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "lora_bias": (False, None),
     "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,), "use_qalora": (False, None), "arrow_config": (None,),
     # others start from changed base weights, which the adapter file does not hold
     "init_lora_weights": (True, False, None, "gaussian"),
 }
@@ -164,6 +166,8 @@ def load(model: Decoder, name: str, scale: float = 1.0) -> LoRAConfig:
         layer, _, part = ours.rpartition(".")
         if layer not in layers or part not in ("lora_A", "lora_B"):
             raise UserError(f"{folder}: {key} belongs to no layer of this model; the adapter is another model's")
+        if tensor.dtype not in weights.FLOATS or not tensor.isfinite().all():
+            raise UserError(f"{folder}: {key} is {tensor.dtype} or not finite; an adapter is finite floats")
         pairs.setdefault(layer, {})[part] = tensor
     for layer, pair in pairs.items():
         linear = layers[layer]
@@ -196,8 +200,8 @@ def read_adapter_config(path: Path) -> tuple[LoRAConfig, bool]:
             raise UserError(f"{path}: {name} is {raw[name]!r}; supported is {neutral[0]!r}")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
     numbers = isinstance(alpha, int | float) and isinstance(dropout, int | float)
-    if not isinstance(rank, int) or rank < 1 or not numbers:
-        raise UserError(f"{path}: r must be a positive whole number, lora_alpha and lora_dropout numbers")
+    if not (isinstance(rank, int) and rank >= 1 and numbers and math.isfinite(alpha) and 0 <= dropout < 1):
+        raise UserError(f"{path}: r must be a positive whole number, lora_alpha finite and lora_dropout from 0 to 1")
     return LoRAConfig(rank, alpha, dropout), bool(raw.get("use_rslora"))
 
 
@@ -227,7 +231,10 @@ def main() -> None:
     model = weights.load(source, torch.device("cpu"), torch.float32)
     load(model, args.adapter, args.adapter_scale)
     merge(model)
-    weights.save(model, source, args.out, getattr(torch, args.dtype))
+    part = args.out.with_name(f".{args.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+    weights.save(model, source, part, getattr(torch, args.dtype))
+    part.replace(args.out)
     print(f"wrote {args.out}")
 
 

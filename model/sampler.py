@@ -6,6 +6,7 @@ a nucleus that is cut by value, so that ties don't depend on the order of a sort
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -106,16 +107,9 @@ class Sampler:
     @torch.inference_mode()
     def _prefill(self, cache: KVCache, new: list[_Row], first_slot: int) -> Tensor:
         """Logits (len(new), V) of the first token of each response; fills slots from `first_slot` on."""
-        device = self.model.device
-        lengths = [len(row.prompt) for row in new]
-        padding = -sum(lengths) % GROUP
-        tokens = torch.tensor([token for row in new for token in row.prompt] + [0] * padding, device=device)
-        positions = torch.cat([torch.arange(length) for length in [*lengths, padding]]).to(device)
+        tokens, positions, lengths, last = _pack([row.prompt for row in new], self.model.device)
         slots = range(first_slot, first_slot + len(new))
-        attend = Prefill(cache, slots, lengths + [padding] * (padding > 0))
-        hidden = self.model(tokens, positions, attend)  # (T, E)
-        last = torch.tensor(lengths).cumsum(0) - 1
-        last = torch.cat((last, last.new_zeros(-len(new) % GROUP))).to(device)
+        hidden = self.model(tokens, positions, Prefill(cache, slots, lengths))  # (T, E)
         return self.model.logits(hidden[last])[: len(new)]
 
     @torch.inference_mode()
@@ -138,12 +132,30 @@ class Sampler:
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
             response = row.response
+            if not math.isfinite(logprob):
+                raise UserError(f"the model's output for {response.id} is not finite: its weights or its adapter are "
+                                "damaged, or --dtype float16 is too narrow for it")
             response.tokens.append(token)
             response.logprobs.append(logprob)
             if token in self.stop_ids:
                 response.finish_reason = "stop"
             elif len(response.tokens) == row.limit:
                 response.finish_reason = "length"
+
+
+def _pack(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    """Prompts one behind the other: tokens (T,), positions (T,), lengths, and the place of each prompt's last token.
+
+    Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    last = torch.cat((last, last.new_zeros(-len(prompts) % GROUP)))
+    padding = -sum(lengths) % GROUP
+    tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0] * padding)
+    lengths += [padding] * (padding > 0)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return tokens.to(device), positions.to(device), lengths, last.to(device)
 
 
 def row_uniforms(seed: int, id: str, count: int) -> np.ndarray:
@@ -168,8 +180,9 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 
     if top_p < 1:
         probabilities = probabilities.where(probabilities >= _nucleus_cut(probabilities, top_p), 0)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # right=True passes over tokens of probability 0; u < 1 keeps the index inside
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    # right=True passes over tokens of probability 0; u < 1 keeps the index inside, unless there are NaNs
+    chosen = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=logits.shape[-1] - 1)
 
 
 def _nucleus_cut(probabilities: Tensor, top_p: float) -> Tensor:
@@ -197,11 +210,10 @@ def score_next(model: Decoder, prompts: Sequence[Sequence[int]], choices: Sequen
         full = i + 1 == len(prompts) or sum(map(len, batch)) + len(prompts[i + 1]) > PREFILL_TOKENS
         if not full:
             continue
-        lengths = [len(one) for one in batch]
-        tokens = torch.tensor([token for one in batch for token in one], device=model.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-        hidden = model(tokens, positions, Packed(lengths))
-        logits = model.logits(hidden[torch.tensor(lengths).cumsum(0).to(model.device) - 1])
-        found.append(logits.log_softmax(-1)[:, list(choices)].cpu())
+        tokens, positions, lengths, last = _pack(batch, model.device)
+        hidden = model(tokens, positions, Packed(lengths))[last]  # (N, E)
+        # The choices again in float32: bfloat16 logits are so coarse that the best two of four often tie
+        scores = hidden.float() @ model.lm_head.weight[list(choices)].float().T  # (N, choices)
+        found.append((scores - model.logits(hidden).logsumexp(-1, keepdim=True))[: len(batch)].cpu())
         batch = []
     return torch.cat(found) if found else torch.empty(0, len(choices))

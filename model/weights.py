@@ -48,7 +48,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
     if config.tied:
         # one matrix under two names; files hold it once, or twice the same
         head = tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight"))
-        if head is not None and not torch.equal(head, tensors.get("embed_tokens.weight", head)):
+        if head is not None and not torch.equal(head.float(), tensors.get("embed_tokens.weight", head).float()):
             raise UserError(f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
     missing = [name for name in wanted if tensors.get(name) is None]
     if missing or unused:

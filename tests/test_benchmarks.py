@@ -49,6 +49,13 @@ def test_hostile_answers_are_wrong_and_nothing_hangs(monkeypatch: pytest.MonkeyP
     assert verdicts[-1] is True  # and the graders still work
 
 
+def test_a_worker_that_was_filled_up_does_not_fail_the_next_answer() -> None:
+    """sympy keeps what it has seen: without replacing workers, the last pair came out as not equal."""
+    greedy = [("7", f"2^{{10^{{{n}}}}}") for n in (7, 8, 9)] + [("7", r"(10^{5})!")] * 2
+    pairs = [*greedy, ("(x+1)^{12}", "(x^2+2x+1)^6"), ("0.5", r"\frac{1}{2}")]
+    assert equal_answers(pairs, workers=1)[-2:] == [True, True]
+
+
 def test_grading_rows() -> None:
     rows = [{"response": r"\boxed{0.5}", "gold": r"\frac12"}, {"response": "I think 3", "gold": "3"},
             {"response": r"\boxed{4}", "gold": "3"}]
@@ -100,8 +107,10 @@ def test_mcnemar_and_paired_difference() -> None:
     found = paired_difference(before, after)
     assert found["points"] == 20 and found["p"] == mcnemar(20, 0)
     # 20 of 100 changed: standard error sqrt(0.2 · 0.8 / 100) = 4 points
-    assert found["ci95"] == pytest.approx([12.2, 27.8], abs=1.0)
-    assert paired_difference(before, before) == {"points": 0, "ci95": [0, 0], "p": 1.0}
+    assert found["ci95"] == pytest.approx([12.2, 27.8], abs=1.5)
+    same = paired_difference(before[:20], before[:20])
+    assert (same["points"], same["p"]) == (0, 1.0)
+    assert same["ci95"][0] < -5 and same["ci95"][1] > 5  # 20 problems without a change are no proof that there is none
     assert found == paired_difference(before, after)
 
 
@@ -123,7 +132,7 @@ def test_reference_solutions_of_math500_are_graded_correct() -> None:
     """The published solutions end in \\boxed{answer}: the extraction finds it, and it equals itself."""
     from data.hub import read_dataset
 
-    rows, _ = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl")
+    rows, _ = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl", columns=("solution", "answer"))
     verdicts = mathematics.grade([{"response": row["solution"], "gold": row["answer"]} for row in rows])
     wrong = [row["unique_id"] for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
     assert wrong == []

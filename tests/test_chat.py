@@ -27,6 +27,11 @@ THINKING = ("{% for m in messages %}{% if m.role != 'assistant' %}"
             "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
             "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
             "{% endif %}")
+# drops what stands before </think>, and opens the block itself
+FORCED_THINKING = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + "
+                   "m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% else %}"
+                   "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+                   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}")
 GENERATION = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
               "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
               "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
@@ -59,7 +64,7 @@ def test_prompts_equal_apply_chat_template(template: str, system: str | None, tm
         assert chat.prompt(text, system) == expected
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", sorted(TEMPLATES.keys() - {"thinking"}))
 def test_turns_equal_apply_chat_template_and_mask_the_response(template: str, tmp_path: Path) -> None:
     chat, theirs = chat_and_theirs(tmp_path, TEMPLATES[template])
     for user in TEXTS:
@@ -89,18 +94,46 @@ def test_cut_response_has_no_end_of_turn(tmp_path: Path) -> None:
     assert (turn.first, turn.last) == (len(chat.prompt("a question")), len(turn.tokens))
 
 
-def test_thinking_templates(tmp_path: Path) -> None:
-    """Template options reach the template, and the empty thinking block is the template's, not the response's."""
+@pytest.mark.parametrize("template", [THINKING, FORCED_THINKING])
+@pytest.mark.parametrize("response", ["answer", "<think>\nhm\n</think>\n\nanswer", "hm\n</think>\n\nanswer",
+                                      "<think>\nhm"])
+def test_templates_that_rewrite_responses_do_not_change_what_is_trained(template: str, response: str,
+                                                                        tmp_path: Path) -> None:
+    """Behind the prompt that the sampler uses stands what was written, thoughts included."""
+    chat, theirs = chat_and_theirs(tmp_path, template)
+    turn = chat.turn("q", response)
+    text = chat.tokenizer.decode(turn.tokens, skip_special_tokens=False)
+    assert text == chat.render("q") + response + "<|im_end|>\n"
+    assert chat.prompt("q") == theirs.apply_chat_template(messages("q", None), add_generation_prompt=True,
+                                                          return_dict=False)
+    supervised = chat.tokenizer.decode(turn.tokens[turn.first : turn.last], skip_special_tokens=False)
+    assert supervised.strip() == response + "<|im_end|>"
+
+
+def test_template_options(tmp_path: Path) -> None:
     chat, theirs = chat_and_theirs(tmp_path, THINKING, enable_thinking=False)
-    prompt = chat.prompt("q")
     expected = theirs.apply_chat_template(messages("q", None), add_generation_prompt=True, enable_thinking=False,
                                           return_dict=False)
-    assert prompt == expected
+    assert chat.prompt("q") == expected
     turn = chat.turn("q", "answer")
+    assert turn.tokens == theirs.apply_chat_template(messages("q", None, "answer"), enable_thinking=False,
+                                                     return_dict=False)
+    # the empty block is the template's, not the response's; with this tokenizer they share a line break
     assert chat.tokenizer.decode(turn.tokens[turn.first : turn.last], False).strip() == "answer<|im_end|>"
-    # a response that thought is supervised with its thoughts
-    turn = chat.turn("q", "<think>\nhm\n</think>\n\nanswer")
-    assert "hm" in chat.tokenizer.decode(turn.tokens[turn.first : turn.last], skip_special_tokens=False)
+
+
+def test_a_template_that_asks_for_the_date(tmp_path: Path) -> None:
+    """The date is an option, so that prompts are the same tomorrow; Llama 3's templates have one to fall back on."""
+    build_model(tmp_path)
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    careful = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}" + CHATML
+    for template, today, expected in ((dated, "2026-01-31", "31 Jan 2026"), (careful, "2026-01-31", "31 Jan 2026"),
+                                      (careful, None, "26 Jul 2024")):
+        write_tokenizer(tmp_path, template)
+        assert Chat(tmp_path, read_config(tmp_path), today=today).render("q").startswith(expected)
+    write_tokenizer(tmp_path, dated)
+    with pytest.raises(UserError, match="--today"):
+        Chat(tmp_path, read_config(tmp_path))
 
 
 def test_stop_ids_include_the_templates_end_of_turn(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from base.errors import UserError
 from base.files import read_json, same_run, same_run_folder, whole, write_record, write_text
-from base.hub import fingerprint
+from base.hub import fingerprint, revision
 from data.prompts import load_prompts
 from data.rows import GrowingRows, read_rows, write_rows
 
@@ -109,6 +109,11 @@ def test_fingerprint_notices_other_weights_and_not_another_record(tiny: Path, tm
     data[-1] ^= 1
     path.write_bytes(data)
     assert fingerprint(tmp_path / "copy") != fingerprint(tiny)
+    for name in ("a", "b"):  # a folder called snapshots is not the hub's cache
+        shutil.copytree(tiny if name == "a" else tmp_path / "copy", tmp_path / "snapshots" / "experiment" / name)
+    assert fingerprint(tmp_path / "snapshots" / "experiment" / "a") != fingerprint(
+        tmp_path / "snapshots" / "experiment" / "b")
+    assert revision(Path(f"/x/models--a--b/snapshots/{'0' * 39}1/model.safetensors")) == "0" * 39 + "1"
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")

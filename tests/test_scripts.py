@@ -255,7 +255,7 @@ def test_recover(script: Script, tiny: Path, tiny_teacher: Path, prompts: Path, 
         assert (out / name).exists(), name
     report = json.loads((out / "report.json").read_text())
     assert list(report["checkpoints"]) == ["base", "teacher", "off_model", "recovered_2", "recovered_4",
-                                           "control_more_teacher", "control_native", "control_noise"]
+                                           "control_native", "control_noise", "control_more_teacher"]
     assert set(report["recovered_fraction"]["sums"]) == {"2", "4"}
     assert {"points", "ci95", "p"} == set(report["drop"]["sums"])
     assert report["seconds"]["off_model"] > 0
@@ -354,6 +354,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"id": "a", "prompt": "x", "response": " "}\n')
     write_long_rows(tmp_path / "long.jsonl")
+    shutil.copy(problems, tmp_path / "sums.jsonl")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     generate = ("generate.py", "--out", out / "rows.jsonl", "--prompts")
@@ -375,10 +376,20 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, tmp_path / "broken.jsonl"), "line 2"),
         ((*train, tmp_path / "empty.jsonl"), "no rows"),
         ((*train, prompts), "the field response is missing"),
-        ((*train, tmp_path / "blank.jsonl"), "empty"),
+        ((*train, tmp_path / "blank.jsonl"), "1 have an empty response"),
         ((*train, tmp_path / "long.jsonl"), "2 of 4 conversations are longer than 256 tokens (r2, r3)"),
-        ((*train, tmp_path / "long.jsonl", "--max-length", 5, "--drop-long"), "all 4 conversations"),
+        ((*train, tmp_path / "long.jsonl", "--max-length", 5, "--drop-long"), "4 are longer than 5"),
         ((*train, rows, "--n", 21), "20 rows"),
+        ((*train, rows, "--max-length", 300), "context of 256"),
+        ((*train, rows, "--seed", 2**64), "--seed"),
+        ((*train, rows, "--out", rows / "x"), str(rows)),
+        ((*generate, prompts, "--model", tiny, "--device", "meta"), "--device meta"),
+        ((*generate, prompts, "--model", tiny, "--temperature", 1e-39), "too small"),
+        ((*generate, prompts, "--model", tiny, "--adapter-scale", 2), "--adapter-scale needs"),
+        ((*generate, prompts, "--model", tiny, "--today", "tomorrow"), "--today"),
+        ((*generate, prompts, "--model", tiny, "--template-options", "[" * 5000), "--template-options"),
+        ((*evaluate, problems, tmp_path / "sums.jsonl", "--out", out), "same name"),
+        ((*evaluate, problems, "--rescore", tmp_path), "--rescore takes nothing"),
         ((*train, rows, "--rank", 40), "--rank 16"),
         ((*train, rows, "--adapter", tmp_path / "adapter"), "another model's"),
         ((*train, rows, "--adapter", tmp_path / "adapter", "--rank", 8), "--rank is of a new adapter"),
@@ -407,6 +418,46 @@ def test_as_a_process(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     assert run_process(*generate, tiny, "--n", 2, "--max-new-tokens", 2).returncode == 0
 
 
+def test_rows_of_nobody_are_not_adopted(script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.partial.jsonl", [{"id": "p0", "response": "foreign"}])
+    done = script("generate.py", "--model", tiny, "--prompts", prompts, "--out", tmp_path / "a.jsonl")
+    assert_refused(done, "a.partial.jsonl is there already")
+
+
+def test_a_folder_that_was_killed_before_its_record(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".config.json.part").write_text("{")
+    done = script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--steps", 1, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_damaged_weights_are_noticed(temperature: int, script: Script, tiny: Path, prompts: Path, problems: Path,
+                                     tmp_path: Path) -> None:
+    def spoil(path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        save_file(load_file(path) | {"model.norm.weight": torch.full((32,), float("nan"))}, path)
+
+    model = damaged(tiny, tmp_path / "model", "model.safetensors", spoil)
+    common = ("--model", model, "--temperature", temperature, "--max-new-tokens", 4, "--out")
+    assert_refused(script("generate.py", "--prompts", prompts, *common, tmp_path / "a.jsonl"), "not finite")
+    assert_refused(script("evaluate.py", "--benchmarks", problems, *common, tmp_path / "e"), "not finite")
+    assert not (tmp_path / "a.jsonl").exists() and not (tmp_path / "e" / "sums.jsonl").exists()
+
+
+def test_a_closed_pipe_is_not_success(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """`train.py … | true`: its first print fails long before it is done."""
+    arguments = [sys.executable, "train.py", "--model", str(tiny), "--data", str(rows), "--rank", "4", "--out",
+                 str(tmp_path / "a")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"})
+    os.close(writer)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and done.stderr.startswith("stopped")
+
+
 def test_diverging_training_names_step_and_rows(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     done = script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--lr", 1e20, "--out", tmp_path / "out")
     assert done.returncode == 2 and "at step" in done.stderr and "--lr" in done.stderr
@@ -417,5 +468,5 @@ def test_dropped_rows_are_listed(script: Script, tiny: Path, tmp_path: Path) -> 
     write_long_rows(tmp_path / "long.jsonl")
     done = script("train.py", "--model", tiny, "--data", tmp_path / "long.jsonl", "--rank", 4, "--drop-long",
                   "--steps", 1, "--out", tmp_path / "out")
-    assert done.returncode == 0 and "4 rows - 2 dropped = 2 conversations" in done.stdout, done.stderr
+    assert done.returncode == 0 and "4 rows - 2 dropped (r2, r3) = 2 conversations" in done.stdout, done.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dropped"] == ["r2", "r3"]

@@ -1,5 +1,6 @@
 """The benchmarks by name, and the graders of saved rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
@@ -7,6 +8,14 @@ from data.benchmarks import mathematics, mmlu
 from data.benchmarks.problem import Benchmark, Grader
 
 NAMES = ("mmlu", "math500")
+
+
+def load_benchmarks(names: Sequence[str], n: int | None, seed: int) -> list[Benchmark]:
+    """`load_benchmark` for several, whose names must differ, since each is saved under its own."""
+    found = [load_benchmark(name, n, seed) for name in dict.fromkeys(names)]
+    if len({benchmark.name for benchmark in found}) < len(found):
+        raise UserError(f"two of --benchmarks {' '.join(names)} have the same name; rename one of the files")
+    return found
 
 
 def load_benchmark(name: str, n: int | None, seed: int) -> Benchmark:
@@ -17,7 +26,7 @@ def load_benchmark(name: str, n: int | None, seed: int) -> Benchmark:
         return mathematics.load_math500(n, seed)
     if Path(name).suffix != ".jsonl":
         raise UserError(f"--benchmarks {name} is not known; there are {', '.join(NAMES)}, or a JSONL file of problems")
-    if Path(name).stem in (*NAMES, "config", "summary"):
+    if Path(name).stem in (*NAMES, "config", "summary") or Path(name).stem.endswith(".partial"):
         raise UserError(f"--benchmarks {name} would be saved under a name that is taken; rename the file")
     return mathematics.load_file(Path(name), n, seed)
 

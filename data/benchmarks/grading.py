@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 SECONDS = 10.0  # for one comparison
 START_SECONDS = 120.0  # for a worker to import sympy, on a machine under load
 MEMORY = 1 << 30  # bytes of address space of a worker
+SPENT = 300 << 20  # bytes that a worker may hold on to before it is replaced: sympy caches what it has seen
 LONGEST = 2_000  # characters of an answer; the longest reference of the benchmarks has about 150
 
 
@@ -27,11 +28,12 @@ class _Worker:
         # -P: this folder stays off the module path, where its file names could hide a library's
         self.process = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.alive = True
         ready = self._line(START_SECONDS)
         assert ready == b"ready\n", f"a grading process did not start ({ready!r}); try `python -c 'import math_verify'`"
 
     def ask(self, gold: str, answer: str) -> bool | None:
-        """Whether they are equal; None if the process ran past its limits, and then it is gone."""
+        """Whether they are equal; None if the process ran past its limits. Ask again only while it is `alive`."""
         try:
             self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
             self.process.stdin.flush()
@@ -41,7 +43,10 @@ class _Worker:
         if not line.endswith(b"\n"):
             self.close()
             return None
-        return json.loads(line)
+        equal, spent = json.loads(line)
+        if spent:
+            self.close()
+        return equal
 
     def _line(self, seconds: float) -> bytes:
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
@@ -49,6 +54,7 @@ class _Worker:
 
     def close(self) -> None:
         """Kill the process."""
+        self.alive = False
         self.process.kill()
         self.process.communicate()
 
@@ -71,11 +77,9 @@ def equal_answers(pairs: Sequence[tuple[str, str]], workers: int | None = None) 
         worker = idle.get()
         try:
             worker = worker or _Worker()
-            equal = worker.ask(gold, answer)
-            worker = None if equal is None else worker
-            return equal
+            return worker.ask(gold, answer)
         finally:
-            idle.put(worker)
+            idle.put(worker if worker and worker.alive else None)
 
     with ThreadPoolExecutor(count) as pool:
         try:
@@ -90,6 +94,7 @@ def equal_answers(pairs: Sequence[tuple[str, str]], workers: int | None = None) 
 def _serve() -> None:
     """A worker's life: limit the memory, import, then answer line by line."""
     import resource
+    import signal
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -101,14 +106,20 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         gold, answer = json.loads(line)
+        # The parent holds the clock; this ends a worker whose parent was killed. math-verify's own time limit would
+        # raise in the middle of sympy, and is off.
+        signal.alarm(int(3 * SECONDS))
         try:
-            # the parent holds the clock: math-verify's own alarm would leave sympy in an undefined state
             expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
             found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
             equal = bool(verify(expected, found, timeout_seconds=None))
-        except Exception:  # a symbolic library raises anything on such input, MemoryError included: not equal
+        except MemoryError:
+            os._exit(1)  # past its limit, and what it holds on to would fail the next answer
+        except Exception:  # a symbolic library raises anything on such input: not equal
             equal = False
-        print(json.dumps(equal), flush=True)
+        signal.alarm(0)
+        spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > SPENT
+        print(json.dumps([equal, spent]), flush=True)
 
 
 if __name__ == "__main__":

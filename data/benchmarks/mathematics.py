@@ -19,7 +19,8 @@ INSTRUCTION = "\n\nReason step by step, and put your final answer within \\boxed
 
 def load_math500(n: int | None, seed: int) -> Benchmark:
     """The 500 problems, or a sample of them stratified by level (1 to 5)."""
-    rows, dataset = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl")
+    rows, dataset = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl",
+                                 columns=("problem", "answer", "level", "unique_id"))
     problems = [Problem(row["unique_id"], row["problem"] + INSTRUCTION, row["answer"], row["level"], str(row["level"]))
                 for row in rows]
     return Benchmark("math500", "mathematics", sample(problems, n, seed), dataset)

@@ -24,7 +24,8 @@ LETTERS = ("A", "B", "C", "D")
 
 def load(n: int | None, seed: int) -> Benchmark:
     """The test split, or a sample of it stratified by subject; ids are subject/index within the subject."""
-    rows, dataset = read_dataset("cais/mmlu", "all/test-00000-of-00001.parquet")
+    rows, dataset = read_dataset("cais/mmlu", "all/test-00000-of-00001.parquet",
+                                 columns=("question", "subject", "choices", "answer"))
     problems, seen = [], Counter()
     for row in rows:
         subject = row["subject"]
