@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Whatever can be wrong with the input is found before the first hour is spent
     out, most = args.out, args.recover_with[-1]
-    same_result = ("out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
-    options = {name: value for name, value in vars(args).items() if name not in same_result}
+    # what changes no result, or is better told by a checksum
+    aside = ("out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
+    options = {name: value for name, value in vars(args).items() if name not in aside}
     options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
     for role in ("student", "teacher"):
         options[f"{role}_revision"] = fingerprint(model_folder(getattr(args, role)))
