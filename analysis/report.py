@@ -23,8 +23,7 @@ def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence
                  seconds: dict[str, float]) -> dict:
     """From evals/<checkpoint> to report.json, report.md and figures/ (contract C5); returns what report.json holds."""
     rows = read_evaluations(folder / "evals", checkpoints)
-    report = build(rows) | {"seconds": seconds}
-    report = {"student": student, "teacher": teacher} | report
+    report = {"student": student, "teacher": teacher, **build(rows), "seconds": seconds}
     draw_accuracy(report, folder / "figures" / "accuracy.png")
     if recovered(report):
         draw_recovery(report, folder / "figures" / "recovery.png")

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from base.errors import UserError
@@ -37,8 +38,12 @@ def _plain_errors(kind: str, name: str) -> Iterator[None]:
         raise UserError(f"the {kind} {name} could not be fetched from the hub: {error}") from error
 
 
+@cache
 def model_folder(name: str) -> Path:
-    """The folder of a model or adapter: `name` itself if it is one, else the hub's snapshot of that name."""
+    """The folder of a model or adapter: `name` itself if it is one, else the hub's snapshot of that name.
+
+    The hub is asked once in a process, so that all stages of an experiment work on the same revision.
+    """
     path = Path(name)
     if path.is_dir():
         return path

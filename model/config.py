@@ -66,7 +66,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: the field architectures is {architectures!r}; "
                         f"supported are {', '.join(ARCHITECTURES)}")
     architecture = architectures[0]
-    _refuse_unsupported(path, raw, architecture)
+    _refuse_unsupported(path, raw)
     epsilon = field("rms_norm_eps", (int, float))
     if not 0 <= epsilon < 1:
         raise UserError(f"{path}: the field rms_norm_eps is {epsilon}, and must be from 0 to 1")
@@ -82,18 +82,30 @@ def read_config(folder: Path) -> ModelConfig:
     head_dim = field("head_dim", default=None if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads)
     if head_dim % 2:
         raise UserError(f"{path}: head_dim {head_dim} is odd, and rotary embeddings need pairs")
+    num_layers, max_positions = field("num_hidden_layers"), field("max_position_embeddings")
+    # 4096 and 28 are transformers' own where the fields are not given; null is no window, and one from the first layer
+    window = None if raw.get("sliding_window", 4096) is None else field("sliding_window", (int,), default=4096)
+    begins = 0 if raw.get("max_window_layers", 28) is None else field("max_window_layers", (int,), default=28)
+    if architecture == "LlamaForCausalLM":
+        window = None  # Llama has none: transformers passes over the field too
+    elif architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        # there it also needs a switch, and begins at the layer max_window_layers
+        reached = not raw.get("layer_types") and begins < num_layers
+        window = window if raw.get("use_sliding_window") and reached else None
+    if window is not None and window < max_positions:
+        raise UserError(f"{path}: sliding_window {window} is in force; supported is attention over the whole context")
     rope_theta, rope_type, rope_scaling = _read_rope(path, raw)
     return ModelConfig(
         architecture=architecture,
         vocab_size=field("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=field("intermediate_size"),
-        num_layers=field("num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(epsilon),
-        max_positions=field("max_position_embeddings"),
+        max_positions=max_positions,
         rope_theta=rope_theta,
         rope_type=rope_type,
         rope_scaling=rope_scaling,
@@ -104,7 +116,7 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def _refuse_unsupported(path: Path, raw: dict, architecture: str) -> None:
+def _refuse_unsupported(path: Path, raw: dict) -> None:
     """Refuse what this decoder would load and then compute wrongly."""
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is set; supported are unquantised float32, bfloat16 and float16")
@@ -116,20 +128,6 @@ def _refuse_unsupported(path: Path, raw: dict, architecture: str) -> None:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise UserError(f"{path}: the field layer_types is {layer_types!r}; supported is full_attention in every layer")
-    window = raw.get("sliding_window", 4096)  # transformers' default where the field is not given
-    starts, layers, context = raw.get("max_window_layers", 28), raw.get("num_hidden_layers", 0), raw.get(
-        "max_position_embeddings", 0)
-    for name, value in (("sliding_window", window), ("max_window_layers", starts)):
-        if value is not None and not isinstance(value, int):
-            raise UserError(f"{path}: the field {name} is {value!r}, which is not a valid value")
-    if architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        # there it also needs a switch, and begins at the layer max_window_layers
-        reached = not layer_types and (starts is None or not isinstance(layers, int) or starts < layers)
-        window = window if raw.get("use_sliding_window") and reached else None
-    elif architecture == "LlamaForCausalLM":
-        window = None  # Llama has none: transformers passes over the field too
-    if window is not None and not (isinstance(context, int) and window >= context):
-        raise UserError(f"{path}: sliding_window {window} is in force; supported is attention over the whole context")
 
 
 def _read_rope(path: Path, raw: dict) -> tuple[float, str, dict[str, float]]:

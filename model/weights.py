@@ -45,16 +45,19 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
             if tensor.dtype not in FLOATS:
                 raise UserError(f"{path}: {name} is {tensor.dtype}; supported are float32, bfloat16 and float16")
             tensors[ours] = tensor
-    if config.tied:
-        # one matrix under two names; files hold it once, or twice the same
-        head = tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight"))
-        if head is not None and not torch.equal(head.float(), tensors.get("embed_tokens.weight", head).float()):
-            raise UserError(f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
-    missing = [name for name in wanted if tensors.get(name) is None]
+    head = None
+    if config.tied:  # one matrix under two names: files hold it once, or twice the same
+        del wanted["lm_head.weight"]
+        head = tensors.pop("lm_head.weight", None)
+    missing = [name for name in wanted if name not in tensors]
     if missing or unused:
         raise UserError(f"{folder}: the weights don't fit config.json; {_listed('missing', missing)}"
                         f"{_listed('in the file and not used', unused)}")
+    if head is not None and not torch.equal(head.float(), tensors["embed_tokens.weight"].float()):
+        raise UserError(f"{folder}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    if config.tied:
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
