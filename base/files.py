@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -18,10 +19,16 @@ CODE = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error."""
-    part = path.with_name(f".{path.name}.part")
+    """A temporary path to write to; it becomes `path` when the block ends without an error.
+
+    It lies in a folder of its own beside `path`: safetensors writes through a temporary file with a random name, which
+    a kill would leave behind for good. A left folder goes when the same file is written again.
+    """
+    folder = path.with_name(f".{path.name}.part")
+    part = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # else a power cut can leave an empty file under the final name
@@ -30,8 +37,7 @@ def whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

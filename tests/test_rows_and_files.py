@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from conftest import run_process
 
 from base.errors import UserError
 from base.files import read_json, same_run, same_run_folder, whole, write_record, write_text
@@ -65,6 +67,24 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "all" and len(list(path.parent.iterdir())) == 1
+
+
+def test_what_a_kill_leaves_is_gone_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    # safetensors names its temporary file at random, and leaves it if killed: it must not lie beside the final files
+    code = ("import os, signal, sys, pathlib, base.files, threading, torch, time\n"
+            "from safetensors.torch import save_file\n"
+            "def kill():\n"
+            "    while not list(pathlib.Path(sys.argv[1]).parent.rglob('.tmp*')): time.sleep(0.0005)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "threading.Thread(target=kill, daemon=True).start()\n"
+            "while True:\n"
+            "    with base.files.whole(pathlib.Path(sys.argv[1])) as part:\n"
+            "        save_file({'a': torch.zeros(20_000_000)}, part)\n")
+    assert run_process("-c", code, path).returncode == -signal.SIGKILL
+    assert list(tmp_path.rglob(".tmp*"))
+    write_text(path, "all")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 def test_growing_rows_drop_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:

@@ -425,8 +425,8 @@ def test_rows_of_nobody_are_not_adopted(script: Script, tiny: Path, prompts: Pat
 
 
 def test_a_folder_that_was_killed_before_its_record(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".config.json.part").write_text("{")
+    (tmp_path / "a" / ".config.json.part").mkdir(parents=True)
+    (tmp_path / "a" / ".config.json.part" / "config.json").write_text("{")
     done = script("train.py", "--model", tiny, "--data", rows, "--rank", 4, "--steps", 1, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr
 
