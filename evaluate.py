@@ -3,9 +3,9 @@
     python evaluate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmarks mmlu math500 --n 200 --out evals/base
     python evaluate.py --rescore evals/base
 
-Benchmarks are mmlu, math500, or JSONL files of problems (id, problem, answer and, if any, level). Responses are saved
-as they finish, and the same command continues a run that was stopped. --rescore grades the saved responses again,
-with no model.
+Benchmarks are mmlu, math500, the miniature's reasoning, recall and format, or JSONL files of problems (id, problem,
+answer and, if any, level). Responses are saved as they finish, and the same command continues a run that was stopped.
+--rescore grades the saved responses again, with no model.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from base.errors import UserError, run_script
 from base.options import Parser, device_options, positive_int, seed
 from generate import (
+    OPENER,
     check_adapter,
     encode_prompts,
     load_model,
@@ -26,6 +27,8 @@ from generate import (
     sampling_identity,
     sampling_options,
 )
+
+BENCHMARKS = "mmlu, math500, reasoning, recall, format, or JSONL files of problems"
 
 if TYPE_CHECKING:
     from data.benchmarks.problem import Benchmark
@@ -39,11 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     model_options(parser, required=False)  # --rescore stands alone
-    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="mmlu, math500, or JSONL files of problems")
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help=BENCHMARKS)
     parser.add_argument("--n", type=positive_int, help="problems of each, a seeded sample stratified by level or "
                         "subject, the same for every model (default: all)")
     parser.add_argument("--sample-seed", type=seed, default=0, help="of that sample")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--opener", metavar="TEXT", default="",
+                        help=f"{OPENER}; not for benchmarks that are answered with a letter")
     parser.add_argument("--scramble", type=seed, metavar="SEED", help="replace --adapter by Gaussian noise on the "
                         "weights, of the same norm matrix by matrix (a control)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="graded rows and summary.json")
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed)
     options = {"benchmarks": {b.name: b.dataset["sha256"] for b in benchmarks}, "n": args.n,
                "sample_seed": args.sample_seed, "system": args.system, "scramble": args.scramble,
-               **model_identity(args), **sampling_identity(args)}
+               "opener": args.opener, **model_identity(args), **sampling_identity(args)}
     record = args.out / "config.json"
     if same_run_folder(record, options) and (args.out / "summary.json").exists():
         print(f"{args.out}: done already")
@@ -90,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     sampler = make_sampler(model, chat, args)
     prompts = {benchmark.name: [{"id": problem.id, "prompt": problem.prompt, "system": args.system}
                                 for problem in benchmark.problems] for benchmark in benchmarks}
-    encoded = {name: encode_prompts(sampler, chat, rows) for name, rows in prompts.items()}
+    openers = {benchmark.name: "" if benchmark.choices else args.opener for benchmark in benchmarks}
+    encoded = {name: encode_prompts(sampler, chat, rows, openers[name]) for name, rows in prompts.items()}
     write_record(record, options, {"adapter": args.adapter})
     summary = {}
     for benchmark in benchmarks:
@@ -99,14 +105,15 @@ def main(argv: list[str] | None = None) -> None:
         if path.exists():
             rows = read_rows(path)
         else:
-            rows = answer(benchmark, sampler, chat, prompts[benchmark.name], encoded[benchmark.name], path)
+            rows = answer(benchmark, sampler, chat, prompts[benchmark.name], encoded[benchmark.name], path,
+                          args.opener)
         summary[benchmark.name] = summarise(rows) | {"grader": benchmark.grader, "dataset": benchmark.dataset}
         print(f"{args.out}: {one_line(benchmark.name, summary[benchmark.name])}, {time.perf_counter() - start:.0f} s")
     write_json(args.out / "summary.json", summary)  # last: it says that all is there
 
 
 def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list[dict],
-           encoded: dict[str, list[int]], path: Path) -> list[dict]:
+           encoded: dict[str, list[int]], path: Path, opener: str) -> list[dict]:
     """The model's graded responses (C3), also written to `path`; what an earlier run left of them is kept."""
     from data.rows import GrowingRows
 
@@ -114,7 +121,7 @@ def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: li
         if benchmark.choices:
             pick(benchmark, sampler.model, chat, prompts, encoded, rows)
         else:
-            respond(sampler, chat, prompts, encoded, rows, title=f"{path.parent.name}/{benchmark.name}")
+            respond(sampler, chat, prompts, encoded, rows, f"{path.parent.name}/{benchmark.name}", opener)
         answered = []
         for problem in benchmark.problems:
             row = rows.rows[problem.id]

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 from base.errors import UserError, run_script
 from base.options import Parser, device_options, natural, number, positive_int, seed, temperature
 
+PROMPTS = "alpaca, mini (the miniature's), or a JSONL file with id, prompt and, if any, system"
+OPENER = "what every response is made to begin with; it is part of the response, and no sampled token"
+
 if TYPE_CHECKING:
     from data.rows import GrowingRows
     from model.chat import Chat
@@ -27,10 +30,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     model_options(parser)
     parser.add_argument("--prompts", required=True, metavar="P",
-                        help="alpaca, or a JSONL file with id, prompt and, if any, system")
+                        help=PROMPTS)
     parser.add_argument("--skip", type=natural, default=0, help="pass over the first prompts")
     parser.add_argument("--n", type=positive_int, help="number of prompts (default: all)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt, for prompts that bring none")
+    parser.add_argument("--opener", metavar="TEXT", default="", help=OPENER)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="response rows")
     sampling_options(parser)
     device_options(parser)
@@ -79,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts, dataset = load_prompts(args.prompts, args.skip, args.n)
     prompts = [row | {"system": args.system if row["system"] is None else row["system"]} for row in prompts]
     options = {"prompts_sha256": dataset["sha256"], "skip": args.skip, "n": args.n, "system": args.system,
-               **model_identity(args), **sampling_identity(args)}
+               "opener": args.opener, **model_identity(args), **sampling_identity(args)}
     record = args.out.with_suffix(".config.json")
     if same_run(record, options) and args.out.exists():
         print(f"{args.out}: done already")
@@ -91,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
 
     model, chat = load_model(args)
     sampler = make_sampler(model, chat, args)
-    encoded = encode_prompts(sampler, chat, prompts)
+    encoded = encode_prompts(sampler, chat, prompts, args.opener)
     write_record(record, options, {"prompts": dataset, "adapter": args.adapter})
     start = time.perf_counter()
     with rows:
-        respond(sampler, chat, prompts, encoded, rows, title=args.out.name)
+        respond(sampler, chat, prompts, encoded, rows, title=args.out.name, opener=args.opener)
         rows.finish(rows.rows[prompt["id"]] for prompt in prompts)
     finished = [rows.rows[prompt["id"]] for prompt in prompts]
     cut = sum(row["finish_reason"] == "length" for row in finished)
@@ -142,27 +146,29 @@ def make_sampler(model: "Decoder", chat: "Chat", args: argparse.Namespace) -> "S
     return Sampler(model, chat.stop_ids, slots=args.slots, **sampling_identity(args))
 
 
-def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict]) -> dict[str, list[int]]:
-    """Token ids of each prompt by id; a UserError names one that leaves no room in the model's context."""
-    encoded = {row["id"]: chat.prompt(row["prompt"], row["system"]) for row in prompts}
+def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict], opener: str = "") -> dict[str, list[int]]:
+    """Token ids of each prompt, with `opener` behind it, by id; a UserError names one that leaves no room in the
+    model's context."""
+    encoded = {row["id"]: chat.prompt(row["prompt"], row["system"], opener) for row in prompts}
     for id, tokens in encoded.items():
         sampler.limit(id, tokens)
     return encoded
 
 
 def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]], rows: "GrowingRows",
-            title: str) -> None:
+            title: str, opener: str = "") -> None:
     """Sample the responses that `rows` lacks, appending each as it finishes, under a progress bar."""
     from tqdm import tqdm
 
     todo = {row["id"]: row for row in prompts if row["id"] not in rows.rows}
+    opening = chat.encode(opener)  # decoded with the rest: some tokenizers put a blank between tokens
     tokens, start = 0, time.perf_counter()
     with tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc=title, unit="row", disable=None) as progress:
         for response in sampler.generate([(id, encoded[id]) for id in todo]):
             prompt = todo[response.id]
             rows.append({
                 "id": prompt["id"], "prompt": prompt["prompt"], "system": prompt["system"],
-                "response": chat.decode(response.tokens), "finish_reason": response.finish_reason,
+                "response": chat.decode(opening + response.tokens), "finish_reason": response.finish_reason,
                 "prompt_tokens": response.prompt_tokens, "response_tokens": len(response.tokens),
                 "logprob": round(sum(response.logprobs), 4),
             })

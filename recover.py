@@ -3,14 +3,18 @@
     python recover.py --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-Coder-0.5B-Instruct \\
         --prompts alpaca --n-train 64 --benchmarks mmlu math500 --n 20 --max-new-tokens 128 --recover-with 8 32 \\
         --out runs/smoke
+    python recover.py --preset mini
 
-Each stage is a command of generate.py, train.py or evaluate.py, printed as it starts, that can be run by hand as well:
+The second is the miniature (data/miniature.py): nothing to download, and minutes on a CPU. Each stage is a command of
+generate.py, train.py or evaluate.py, printed as it starts, that can be run by hand as well:
 
     teacher.jsonl    the teacher's responses to the first --n-train prompts
     native.jsonl     the student's own responses to the prompts behind them
     off_model/       the student fine-tuned on teacher.jsonl
     recovered/N/     off_model fine-tuned further on the first N rows of native.jsonl
-    evals/…          base, teacher, off_model, recovered_N and, with --controls, control_…
+    recovered_in_S_steps/N/                  the same in --recover-steps S for every N
+    controls/        native/ native_in_teacher_style/ teacher_in_student_style/ more_teacher/, with --controls
+    evals/…          base, teacher, off_model, recovered_N, control_… and, with --openers, …_in_…_style
     report.md        with report.json and figures/
 
 A stage that is done is not run again; the same command continues an experiment that was stopped.
@@ -19,6 +23,7 @@ A stage that is done is not run again; the same command continues an experiment 
 import argparse
 import gc
 import json
+import os
 import shlex
 import time
 from pathlib import Path
@@ -28,37 +33,69 @@ import evaluate
 import generate
 import train
 from base.errors import run_script
-from base.options import Parser, device_options, positive_int, temperature
+from base.options import Parser, device_options, number, positive_int, temperature
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
-TRAINING = ("lr", "schedule", "warmup", "clip", "weight_decay", "seed", "micro_batch_tokens", "save_every")
+TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "seed", "micro_batch_tokens", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
+MINIATURE = Path(os.path.relpath(Path(__file__).resolve().parent / "miniature"))
+PRESETS = {
+    "mini": {
+        "student": str(MINIATURE / "student"), "teacher": str(MINIATURE / "teacher"), "prompts": "mini",
+        "n_train": 384, "benchmarks": ["reasoning", "recall", "format"], "n": 500, "max_new_tokens": 128,
+        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "controls": True, "openers": ["Okay", "Consider"],
+        "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 640,
+        "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
+    },
+}
+NOTES = {
+    "mini": "A model organism: two models of half a million weights whose difference in style was built in "
+            "(data/miniature.py). It shows a mechanism and tests the instruments, and is no evidence about large "
+            "models.",
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--student", required=True, metavar="M", help="hub name or folder of the model to fine-tune")
-    parser.add_argument("--teacher", required=True, metavar="M", help="hub name or folder of the model to learn from")
-    parser.add_argument("--prompts", default="alpaca", metavar="P", help="alpaca, or a JSONL file with id and prompt")
+    parser.add_argument("--preset", choices=PRESETS, help="mini: defaults for all options, for the miniature")
+    parser.add_argument("--student", metavar="M", help="hub name or folder of the model to fine-tune")
+    parser.add_argument("--teacher", metavar="M", help="hub name or folder of the model to learn from")
+    parser.add_argument("--prompts", default="alpaca", metavar="P", help=generate.PROMPTS)
     parser.add_argument("--n-train", type=positive_int, default=1000, metavar="N", help="teacher responses")
     parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "math500"], metavar="NAME",
-                        help="mmlu, math500, or JSONL files of problems")
+                        help=evaluate.BENCHMARKS)
     parser.add_argument("--n", type=positive_int, default=200, help="problems of each benchmark")
     parser.add_argument("--recover-with", type=positive_int, nargs="+", default=[8, 32, 128], metavar="N",
                         help="numbers of native examples, a recovered checkpoint each")
-    parser.add_argument("--controls", action="store_true", help="also SFT on native data, noise, more teacher data")
+    parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False,
+                        help="also SFT on native data, noise, more teacher data")
+    parser.add_argument("--openers", nargs=2, metavar=("STUDENT", "TEACHER"),
+                        help="what responses in the student's and in the teacher's style begin with: base and off-model"
+                        " student are evaluated with the other one forced, and --controls has the 2 × 2 of source and "
+                        "style")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
     parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")
     parser.add_argument("--recover-epochs", type=positive_int, default=2, help="passes over the native examples")
+    parser.add_argument("--recover-steps", type=positive_int, metavar="S",
+                        help="besides, every N in the same number of steps: by epochs, more examples are more steps")
+    parser.add_argument("--recover-lr", type=number(float, above=0, high=1e30),
+                        help="peak learning rate of recovery (default: --lr)")
     parser.add_argument("--recover-batch-tokens", type=positive_int, default=1024,
                         help="tokens of an optimiser step in recovery, at most")
     parser.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the experiment's folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the experiment's folder")
     train.training_options(parser)
     device_options(parser)
     args = parser.parse_args(argv)
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+        args = parser.parse_args(argv)  # again, so that what is given comes before the preset
+    missing = [f"--{name}" for name in ("student", "teacher", "out") if getattr(args, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)} (or --preset mini)")
+    args.recover_lr = args.recover_lr or args.lr
     args.recover_with = sorted(set(args.recover_with))
     train.resolve_adapter(args)
     train.check_dtype(parser, args)
@@ -77,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the input is found before the first hour is spent
     out, most = args.out, args.recover_with[-1]
     # what changes no result, or is better told by a checksum
-    aside = ("out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
+    aside = ("preset", "out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
     options = {name: value for name, value in vars(args).items() if name not in aside}
     options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
     for role in ("student", "teacher"):
@@ -114,8 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     behind = ("--skip", args.n_train, "--n", most)  # … and of recovery, which are others
     # a response that the student's context can't hold is left out, and listed
     learning = ("--model", args.student, "--drop-long", *as_arguments(args, TRAINING))
-    sft = (*learning, *as_arguments(args, (*train.NEW_ADAPTER, "epochs", "steps", "batch_tokens")))
-    recovery = (*learning, "--epochs", args.recover_epochs, "--batch-tokens", args.recover_batch_tokens)
+    sft = (*learning, *as_arguments(args, (*train.NEW_ADAPTER, "lr", "epochs", "steps", "batch_tokens")))
+    recovery = (*learning, "--lr", args.recover_lr, "--batch-tokens", args.recover_batch_tokens)
+    by_epochs = ("--epochs", args.recover_epochs)
+    own, foreign = args.openers or ("", "")
 
     teacher_rows = run(generate, "teacher.jsonl", "--model", args.teacher, *first, *prompting)
     run(evaluate, "evals/teacher", "--model", args.teacher, *benchmarking)
@@ -130,21 +169,39 @@ def main(argv: list[str] | None = None) -> None:
         run(evaluate, f"evals/{checkpoint}", "--model", args.student, "--adapter", adapter, *more, *benchmarking)
 
     evaluate_adapter("off_model", off_model)
-    for n in args.recover_with:
-        adapter = run(train, f"recovered/{n}", "--adapter", off_model, "--data", native_rows, "--n", n, *recovery)
-        evaluate_adapter(f"recovered_{n}", adapter)
+    schedules = {"recovered": by_epochs}
+    if args.recover_steps:
+        schedules[f"recovered_in_{args.recover_steps}_steps"] = ("--steps", args.recover_steps)
+    for name, schedule in schedules.items():
+        for n in args.recover_with:
+            adapter = run(train, f"{name}/{n}", "--adapter", off_model, "--data", native_rows, "--n", n, *recovery,
+                          *schedule)
+            evaluate_adapter(f"{name}_{n}", adapter)
+    if args.openers:
+        checkpoints.append("base_in_teacher_style")
+        run(evaluate, "evals/base_in_teacher_style", "--model", args.student, "--opener", foreign, *benchmarking)
+        evaluate_adapter("off_model_in_student_style", off_model, "--opener", own)
+
+    def control(name: str, model: str, *more: object) -> None:
+        """SFT as for off_model, on other responses to the same prompts."""
+        rows = run(generate, f"controls/{name}.jsonl", "--model", model, *more, *first, *prompting)
+        evaluate_adapter(f"control_{name}", run(train, f"controls/{name}", "--data", rows, *sft))
 
     if args.controls:
-        own_rows = run(generate, "controls/native.jsonl", "--model", args.student, *first, *prompting)
-        evaluate_adapter("control_native", run(train, "controls/native", "--data", own_rows, *sft))
+        control("native", args.student)
+        if args.openers:
+            control("native_in_teacher_style", args.student, "--opener", foreign)
+            control("teacher_in_student_style", args.teacher, "--opener", own)
         evaluate_adapter("control_noise", off_model, "--scramble", args.seed)
         more_rows = run(generate, "controls/more_teacher.jsonl", "--model", args.teacher, *behind, *prompting)
-        adapter = run(train, "controls/more_teacher", "--adapter", off_model, "--data", more_rows, *recovery)
+        adapter = run(train, "controls/more_teacher", "--adapter", off_model, "--data", more_rows, *recovery,
+                      *by_epochs)
         evaluate_adapter("control_more_teacher", adapter)
 
     from analysis.report import summary_table, write_report
 
-    report = write_report(out, args.student, args.teacher, checkpoints, seconds)
+    report = write_report(out, args.student, args.teacher, checkpoints, seconds, args.openers,
+                          NOTES.get(args.preset, ""))
     print(f"\n{summary_table(report)}\n{out / 'report.md'}")
 
 

@@ -1,6 +1,8 @@
-"""Fine-tune a model on a JSONL of responses: LoRA (the default) or all weights.
+"""Train a model on a JSONL of responses: LoRA (the default), all weights, or a new model from random weights.
 
     python train.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data teacher.jsonl --out off_model
+
+A row has id, prompt, response and, if any, system; or id and messages, a conversation of several turns.
 
 Conversations are packed without padding and don't see each other. The loss is the mean over all supervised tokens of
 an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches. The state is
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, number, positive_int, seed
+from base.options import DTYPES, Parser, device_options, number, positive_int, seed
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -38,10 +40,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="M", help="hub name, or folder in Hugging Face layout")
     parser.add_argument("--adapter", metavar="DIR", help="continue training this LoRA adapter")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl",
-                        help="rows with id, prompt, response and, if any, system")
+                        help="rows to train on")
     parser.add_argument("--n", type=positive_int, help="take the first rows only (default: all)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the adapter, or with --full the model")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
+    parser.add_argument("--from-scratch", action="store_true",
+                        help="train all weights from random ones: of M only config and tokenizer are used")
+    parser.add_argument("--save-dtype", choices=DTYPES, help="of the saved weights (default: --dtype)")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
                         help="longest conversation (default: the model's context)")
     parser.add_argument("--drop-long", action="store_true", help="leave out longer ones instead of stopping")
@@ -49,11 +54,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     device_options(parser)
     args = parser.parse_args(argv)
     args.adapter_scale = 1.0
+    args.full = args.full or args.from_scratch
     if args.full and args.adapter:
         parser.error("--full trains the model's own weights, and --adapter an adapter: give one of them")
+    if args.save_dtype and not args.full:
+        parser.error("--save-dtype is of a whole model (--full); adapters are saved in float32")
     for name in NEW_ADAPTER:
         if (args.full or args.adapter) and getattr(args, name) is not None:
-            parser.error(f"--{name} is of a new adapter: not to be given with --full or --adapter")
+            parser.error(f"--{name} is of a new adapter: not to be given with --full, --from-scratch or --adapter")
     if not (args.full or args.adapter):
         resolve_adapter(args)
     check_dtype(parser, args)
@@ -75,7 +83,9 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dropout", type=number(float, low=0, high=0.99), help="on its input (default: 0)")
     group.add_argument("--targets", nargs="+", metavar="LAYER", choices=PROJECTIONS,
                        help=f"layers that get one (default: {' '.join(PROJECTIONS)})")
-    group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate of AdamW")
+    group.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
+                       help="muon: for the matrices of the blocks, and AdamW for the rest")
+    group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
     group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
@@ -86,7 +96,9 @@ def training_options(parser: argparse.ArgumentParser) -> None:
                        help="tokens in one forward pass: lower it if memory runs out; changes no result but the units "
                        "that dropout hits")
     group.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="of AdamW")
+    group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="decoupled, as AdamW's")
+    group.add_argument("--prompt-loss-weight", type=number(float, low=0, high=1), default=0.0,
+                       help="of the tokens outside responses, which weigh 1")
     group.add_argument("--seed", type=seed, default=0, help="of order, initialisation and dropout")
     group.add_argument("--save-every", type=positive_int, default=1, metavar="STEPS",
                        help="how often the state is saved, for a run that is stopped")
@@ -106,12 +118,13 @@ def main(argv: list[str] | None = None) -> None:
     from base.files import same_run_folder, sha256, write_record
     from data.rows import GrowingRows, read_rows
 
-    rows = read_rows(args.data, needed=("prompt", "response"))
+    rows = read_rows(args.data, needed=("prompt", "response"), instead="messages")
     if args.n is not None and args.n > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
     rows = rows[: args.n]
-    deciding = ("n", "full", "max_length", "drop_long", "rank", "alpha", "dropout", "targets", "lr", "schedule",
-                "warmup", "epochs", "steps", "batch_tokens", "clip", "weight_decay", "seed")
+    deciding = ("n", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
+                "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
+                "weight_decay", "prompt_loss_weight", "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),
                **{name: getattr(args, name) for name in deciding}}
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
@@ -137,7 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
-    model = weights.load(folder, device, torch.float32 if args.full else dtype)
+    if args.from_scratch:
+        model = weights.initialise(folder, device, args.seed)
+    else:
+        model = weights.load(folder, device, torch.float32 if args.full else dtype)
     if args.full:
         model.requires_grad_(True)
     elif args.adapter:
@@ -166,48 +182,50 @@ def main(argv: list[str] | None = None) -> None:
     print(show_example(chat, examples[plan[0][0]]))
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimizers = make_optimizers(args, parameters)
     write_record(record, options, facts)
-    start = load_state(args.out / STATE, parameters, optimizer)
+    start = load_state(args.out / STATE, parameters, optimizers)
     with (GrowingRows(args.out / "metrics.jsonl", key="step") as metrics,
           tqdm(total=len(plan), initial=start, desc=args.out.name, unit="step", disable=None) as progress):
         for step in range(start, len(plan)):
             began = time.perf_counter()
             torch.manual_seed(step_seed(args.seed, step))  # dropout: the same when the run is taken up here
             lr = learning_rate(step, len(plan), args.lr, args.schedule, args.warmup)
-            for parameter_group in optimizer.param_groups:
+            for parameter_group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 parameter_group["lr"] = lr
-            supervised = sum(examples[i].supervised for i in plan[step])
+            total = sum(examples[i].weight(args.prompt_loss_weight) for i in plan[step])
             loss = 0.0
             for part in group(plan[step], lengths, args.micro_batch_tokens):
-                batch = pack([examples[i] for i in part], device)
+                batch = pack([examples[i] for i in part], device, args.prompt_loss_weight)
                 with precision:
                     hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
-                    # the head sees the places that predict a supervised token, and no others
-                    nll = chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets)
+                    # the head sees the places that predict a token of the loss, and no others
+                    nll = chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
                 # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
-                (nll / supervised).backward()
-                loss += nll.item() / supervised
+                (nll / total).backward()
+                loss += nll.item() / total
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(examples[i].id for i in plan[step][:10])
                 raise UserError(f"the loss is {loss} and its gradient {norm} at step {step + 1} (rows {ids}); a lower "
                                 "--lr with another --out would do, unless a row is to blame")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             seconds = time.perf_counter() - began
             tokens = sum(lengths[i] for i in plan[step])
             metrics.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
-                            "supervised_tokens": supervised, "seconds": round(seconds, 3),
+                            "supervised_tokens": sum(examples[i].supervised for i in plan[step]),
+                            "seconds": round(seconds, 3),
                             "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mb": peak_memory(device)})
             if (step + 1) % args.save_every == 0:
-                save_state(args.out / STATE, parameters, optimizer, step + 1)
+                save_state(args.out / STATE, parameters, optimizers, step + 1)
             progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
             progress.update()
 
         if args.full:
-            weights.save(model, folder, args.out, dtype)
+            weights.save(model, folder, args.out, getattr(torch, args.save_dtype) if args.save_dtype else dtype)
         else:
             lora.save(model, config, args.out, args.model)
         metrics.finish(metrics.rows[step] for step in range(1, len(plan) + 1))  # last: it says that all is there
@@ -222,15 +240,15 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
 
     examples, empty, long = [], [], []
     for row in rows:
-        if not row["response"].strip():
+        messages = as_messages(row)
+        if not messages[-1]["content"].strip():
             empty.append(row["id"])
             continue
-        ended = row.get("finish_reason") != "length"
-        turn = chat.turn(row["prompt"], row["response"], row.get("system"), ended)
-        if len(turn.tokens) > longest:
+        conversation = chat.conversation(messages, ended=row.get("finish_reason") != "length")
+        if len(conversation.tokens) > longest:
             long.append(row["id"])
         else:
-            examples.append(Example(row["id"], turn.tokens, turn.first, turn.last))
+            examples.append(Example(row["id"], conversation.tokens, conversation.spans))
     if long and not drop_long:
         raise UserError(f"{len(long)} of {len(rows)} conversations are longer than {longest} tokens{listed(long)}; "
                         "raise --max-length, or leave them out with --drop-long")
@@ -238,6 +256,41 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
         raise UserError(f"nothing to train on: of {len(rows)} rows {len(empty)} have an empty response, and "
                         f"{len(long)} are longer than {longest} tokens")
     return examples, empty + long
+
+
+def as_messages(row: dict) -> list[dict]:
+    """A row as chat messages: its own `messages`, or those of its system, prompt and response."""
+    if "messages" not in row:
+        system = [] if row.get("system") is None else [{"role": "system", "content": row["system"]}]
+        return [*system, {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]}]
+    messages = row["messages"]
+    fine = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages)
+    roles = [message.get("role") for message in messages] if fine else []
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(f"the messages of row {row['id']} must be objects with role and content, user and assistant by "
+                        "turns, behind a system message if any, and end with the assistant's")
+    return messages
+
+
+def make_optimizers(args: argparse.Namespace, parameters: dict[str, "torch.nn.Parameter"]
+                    ) -> list["torch.optim.Optimizer"]:
+    """AdamW, or with `--optimizer muon` Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices
+    of the blocks and AdamW for embedding, head, norms and biases.
+
+    Muon's update is scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so that one --lr serves both.
+    """
+    import torch
+
+    matrices = [parameter for name, parameter in parameters.items()
+                if args.optimizer == "muon" and parameter.ndim == 2 and name.startswith("layers.")]
+    rest = [parameter for parameter in parameters.values() if not any(parameter is matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.999), weight_decay=args.weight_decay)] if rest else []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def listed(ids: list[str]) -> str:
@@ -249,9 +302,13 @@ def show_example(chat: "Chat", example: "Example") -> str:
     """A conversation with its supervised part in green (between ⟦ ⟧ where there are no colours), so that a wrong
     mask is seen."""
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    spans = (slice(0, example.first), slice(example.first, example.last), slice(example.last, None))
-    prompt, response, rest = (chat.tokenizer.decode(example.tokens[span], skip_special_tokens=False) for span in spans)
-    return f"{prompt}{before}{response}{after}{rest}"
+    shown, done = "", 0
+    for first, last in example.spans:
+        prompt, response = (chat.tokenizer.decode(part, skip_special_tokens=False)
+                            for part in (example.tokens[done:first], example.tokens[first:last]))
+        shown += f"{prompt}{before}{response}{after}"
+        done = last
+    return shown + chat.tokenizer.decode(example.tokens[done:], skip_special_tokens=False)
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -277,23 +334,24 @@ def peak_memory(device: "torch.device") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) // 10**6
 
 
-def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizer: "torch.optim.Optimizer",
+def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizers: list["torch.optim.Optimizer"],
                step: int) -> None:
-    """Save what the next step starts from: parameters and AdamW's moments; order and dropout follow from the step."""
+    """Save what the next step starts from: parameters and moments; order and dropout follow from the step."""
     from safetensors.torch import save_file
 
     from base.files import whole
 
     tensors = {}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"{name}:value": parameter.data, f"{name}:first": state["exp_avg"],
-                    f"{name}:second": state["exp_avg_sq"], f"{name}:step": state["step"]}
+        tensors[f"{name}:value"] = parameter.data
+        for optimizer in optimizers:
+            tensors |= {f"{name}:{key}": moment for key, moment in optimizer.state.get(parameter, {}).items()}
     with whole(path) as part:
         save_file(tensors, part, metadata={"step": str(step)})
 
 
-def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizer: "torch.optim.Optimizer") -> int:
+def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizers: list["torch.optim.Optimizer"]
+               ) -> int:
     """Take up a saved state; returns the steps that are done, 0 where there is none."""
     from safetensors import safe_open
 
@@ -302,13 +360,16 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
     if not path.exists():
         return 0
     tensors = read_tensors(path)
+    owner = {parameter: optimizer for optimizer in optimizers
+             for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"{name}:value"])
-        optimizer.state[parameter] = {
-            "step": tensors[f"{name}:step"].clone(),
-            "exp_avg": tensors[f"{name}:first"].to(parameter.device, copy=True),
-            "exp_avg_sq": tensors[f"{name}:second"].to(parameter.device, copy=True),
-        }
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(":")
+        parameter = parameters[name]
+        if moment != "value":  # AdamW's count of steps stays on the CPU, where the optimiser reads it
+            place = tensor.device if moment == "step" else parameter.device
+            owner[parameter].state[parameter][moment] = tensor.to(place, copy=True)
     with safe_open(path, framework="pt") as file:
         return int(file.metadata()["step"])
 

@@ -1,15 +1,25 @@
 """The report of an experiment folder: report.json, report.md and figures, from the graded rows alone."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analysis.statistics import paired_difference, summarise
 from base.errors import UserError
 from base.files import read_json, whole, write_json, write_text
 from data.rows import read_rows
 
-CONTROLS = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MEANING = {
+    "base_in_teacher_style": "the student before SFT, made to begin as the teacher does: what is its skill in that "
+                             "style?",
+    "off_model_in_student_style": "the off-model student, made to begin as it used to: is the skill still there?",
     "control_native": "SFT on the student's own responses to the teacher's prompts: does SFT as such do harm?",
+    "control_native_in_teacher_style": "the same, made to begin as the teacher does: is it the style?",
+    "control_teacher_in_student_style": "the teacher's responses, made to begin as the student does: is it the source?",
     "control_noise": "Gaussian noise of each matrix's own norm of the SFT's change: is it noise on the weights?",
     "control_more_teacher": "the recovery's steps and prompts with the teacher's responses: is it more training?",
 }
@@ -17,16 +27,26 @@ INK, MUTED, GRID = "#1b1b1b", "#6b6b6b", "#e3e3e3"
 # Okabe and Ito's palette, which colour-blind readers tell apart
 COLOURS = {"base": "#0072b2", "teacher": "#6b6b6b", "off_model": "#d55e00", "recovered": "#009e73",
            "control": "#cc79a7"}
+CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?)_(\d+)")  # checkpoints by number of native examples
+SOURCE_AND_STYLE = (  # the 2 × 2: whose responses (rows), in whose style (columns)
+    ("the student's", "control_native", "control_native_in_teacher_style"),
+    ("the teacher's", "control_teacher_in_student_style", "off_model"),
+)
 
 
-def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence[str],
-                 seconds: dict[str, float]) -> dict:
-    """From evals/<checkpoint> to report.json, report.md and figures/ (contract C5); returns what report.json holds."""
+def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence[str], seconds: dict[str, float],
+                 openers: Sequence[str] | None = None, note: str = "") -> dict:
+    """From evals/<checkpoint> to report.json, report.md and figures/ (contract C5); returns what report.json holds.
+
+    `openers` are what responses in the student's and in the teacher's style begin with; `note` is a paragraph that
+    the page begins with.
+    """
     rows = read_evaluations(folder / "evals", checkpoints)
-    report = {"student": student, "teacher": teacher, **build(rows), "seconds": seconds}
+    report = {"student": student, "teacher": teacher, "note": note, **build(rows, openers), "seconds": seconds}
     draw_accuracy(report, folder / "figures" / "accuracy.png")
-    if recovered(report):
+    if curves(report):
         draw_recovery(report, folder / "figures" / "recovery.png")
+        draw_overview(report, folder / "figures" / "overview.png")
     write_text(folder / "report.md", to_markdown(report))
     write_json(folder / "report.json", report)
     return report
@@ -45,31 +65,45 @@ def read_evaluations(folder: Path, checkpoints: Sequence[str]) -> dict[str, dict
     return rows
 
 
-def build(rows: dict[str, dict[str, list[dict]]]) -> dict:
-    """checkpoints, drop and recovered_fraction from graded rows by checkpoint and benchmark."""
+def build(rows: dict[str, dict[str, list[dict]]], openers: Sequence[str] | None = None) -> dict:
+    """checkpoints, drop, recovered_fraction and style from graded rows by checkpoint and benchmark."""
     checkpoints = {name: {benchmark: summarise(graded) for benchmark, graded in by_benchmark.items()}
                    for name, by_benchmark in rows.items()}
 
     def verdicts(checkpoint: str, benchmark: str) -> list[bool]:
         return [row["correct"] for row in rows[checkpoint][benchmark]]
 
-    drop, fraction = {}, {}
+    report = {"checkpoints": checkpoints, "drop": {}, "recovered_fraction": {}}
     for benchmark in rows["base"] if "off_model" in rows else ():
-        drop[benchmark] = paired_difference(verdicts("base", benchmark), verdicts("off_model", benchmark))
+        report["drop"][benchmark] = paired_difference(verdicts("base", benchmark), verdicts("off_model", benchmark))
         base, off = (checkpoints[name][benchmark]["correct"] for name in ("base", "off_model"))
-        # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
-        fraction[benchmark] = {
-            name.removeprefix("recovered_"): (checkpoints[name][benchmark]["correct"] - off) / (base - off)
-            if base > off else None
-            for name in checkpoints if name.startswith("recovered_")
-        }
-    return {"checkpoints": checkpoints, "drop": drop, "recovered_fraction": fraction}
+        for curve, counts in curves(report).items():
+            # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
+            report.setdefault(f"{curve}_fraction", {})[benchmark] = {
+                str(n): (checkpoints[f"{curve}_{n}"][benchmark]["correct"] - off) / (base - off) if base > off else None
+                for n in counts
+            }
+    if openers:
+        worded = [benchmark for benchmark, graded in rows["base"].items()
+                  if any(len(row["response"].split()) > 1 for row in graded)]  # a letter alone has no style
+        report["style"] = {name: {benchmark: style_shares(by_benchmark[benchmark], openers) for benchmark in worded}
+                           for name, by_benchmark in rows.items()}
+    return report
 
 
-def recovered(report: dict) -> list[int]:
-    """The numbers of native examples that were tried, rising."""
-    names = (name for name in report["checkpoints"] if name.startswith("recovered_"))
-    return [int(name.removeprefix("recovered_")) for name in names]
+def style_shares(rows: Sequence[dict], openers: Sequence[str]) -> dict[str, float]:
+    """Share of the responses that begin as the student's style does, and as the teacher's."""
+    return {whose: sum(row["response"].startswith(opener) for row in rows) / len(rows)
+            for whose, opener in zip(("student", "teacher"), openers, strict=True)}
+
+
+def curves(report: dict) -> dict[str, list[int]]:
+    """The recovery curves, "recovered" and perhaps "recovered_in_S_steps", with their numbers of native examples."""
+    found: dict[str, list[int]] = {}
+    for name in report["checkpoints"]:
+        if match := CURVE.fullmatch(name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return found
 
 
 def to_markdown(report: dict) -> str:
@@ -78,12 +112,13 @@ def to_markdown(report: dict) -> str:
     most = max(checkpoints["base"][benchmark]["n"] for benchmark in benchmarks)
     lines = [
         f"# Off-model SFT: {_plain(report['student'])} on responses of {_plain(report['teacher'])}", "",
+        *([report["note"], ""] if report["note"] else []),
         f"Accuracy in % with its 95 % Wilson interval, on the same problems for every checkpoint (n ≤ {most}).", "",
         _table(["checkpoint", *benchmarks],
                [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
                 for name, entry in checkpoints.items()]),
     ]
-    notes = [f"- `{name}`: {meaning}" for name, meaning in CONTROLS.items() if name in checkpoints]
+    notes = [f"- `{name}`: {meaning}" for name, meaning in MEANING.items() if name in checkpoints]
     lines += [*notes, ""] if notes else []
     lines += ["![accuracy](figures/accuracy.png)", ""]
     if report["drop"]:
@@ -94,16 +129,28 @@ def to_markdown(report: dict) -> str:
             _table(["benchmark", "lost, points", "95 %", "p", "no answer, base → off", "cut, base → off"],
                    [_drop_row(benchmark, report) for benchmark in benchmarks]),
         ]
-    counts = recovered(report)
-    if counts:
-        lines += [
-            "## What native examples brought back", "",
-            "Share of the drop that SFT on N of the student's own responses recovered; – where nothing was lost.", "",
-            _table(["benchmark", *(f"N = {n}" for n in counts)],
-                   [[benchmark, *(_share(report["recovered_fraction"][benchmark][str(n)]) for n in counts)]
-                    for benchmark in benchmarks]),
-            "![recovery](figures/recovery.png)", "",
-        ]
+    if curves(report):
+        lines += ["## What native examples brought back", "",
+                  "Share of the drop that SFT on N of the student's own responses recovered; – where nothing was lost. "
+                  "By epochs, more examples are more steps too.", ""]
+        for curve, counts in curves(report).items():
+            lines.append(_table([curve.replace("_", " "), *(f"N = {n}" for n in counts)],
+                                [[benchmark, *(_share(report[f"{curve}_fraction"][benchmark][str(n)]) for n in counts)]
+                                 for benchmark in benchmarks]))
+        lines += ["![recovery](figures/recovery.png)", ""]
+    if all(name in checkpoints for _, *names in SOURCE_AND_STYLE for name in names):
+        lines += ["## Source or style", "", "Accuracy in % after SFT on the same prompts' responses, whoever gave them "
+                  "and in whichever style.", "",
+                  _table(["responses", *(f"{benchmark}, {whose} style" for benchmark in benchmarks
+                                         for whose in ("the student's", "the teacher's"))],
+                         [[source, *(_accuracy(checkpoints[name][b]) for b in benchmarks for name in names)]
+                          for source, *names in SOURCE_AND_STYLE])]
+    if report.get("style"):
+        shown = list(report["style"]["base"])
+        lines += ["## Style", "", "Responses in % that begin as the student's style does / as the teacher's does.", "",
+                  _table(["checkpoint", *shown],
+                         [[name, *(f"{100 * by[b]['student']:.0f} / {100 * by[b]['teacher']:.0f}" for b in shown)]
+                          for name, by in report["style"].items()])]
     for benchmark in benchmarks:
         levels = list(checkpoints["base"][benchmark]["by_level"])
         if levels:
@@ -184,7 +231,7 @@ def draw_accuracy(report: dict, path: Path) -> None:
     for axes, benchmark in zip(panels, benchmarks, strict=True):
         for y, name in enumerate(names):
             entry = checkpoints[name][benchmark]
-            colour = COLOURS[name if name in COLOURS else name.partition("_")[0]]
+            colour = COLOURS[next(key for key in COLOURS if name.startswith(key))]
             low, high = (100 * bound for bound in entry["ci95"])
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.45, solid_capstyle="round")
             axes.plot(100 * entry["accuracy"], y, "o", color=colour, markersize=6)
@@ -201,24 +248,69 @@ def draw_accuracy(report: dict, path: Path) -> None:
 
 def draw_recovery(report: dict, path: Path) -> None:
     """A panel per benchmark: accuracy over the number of native examples, from the off-model student on."""
-    checkpoints, counts = report["checkpoints"], recovered(report)
-    benchmarks = list(checkpoints["base"])
-    places = range(len(counts) + 1)  # evenly spaced: the Ns are chosen by doubling or so
+    benchmarks = list(report["checkpoints"]["base"])
     figure, panels = _figure(len(benchmarks), 2.8)
     for axes, benchmark in zip(panels, benchmarks, strict=True):
-        curve = [checkpoints[name][benchmark] for name in ("off_model", *(f"recovered_{n}" for n in counts))]
-        base = checkpoints["base"][benchmark]
-        axes.axhline(100 * base["accuracy"], color=COLOURS["base"], linewidth=1.5, linestyle=":", label="base")
-        low, high = ([100 * entry["ci95"][i] for entry in curve] for i in (0, 1))
-        axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.15, linewidth=0)
-        axes.plot(places, [100 * entry["accuracy"] for entry in curve], "-o", color=COLOURS["recovered"], markersize=5,
-                  label="recovered")
-        axes.plot(0, 100 * curve[0]["accuracy"], "o", color=COLOURS["off_model"], markersize=7, label="off model")
-        axes.set_xticks(places, ["0", *map(str, counts)])
-        axes.set_ylim(-2, 102)
-        axes.grid(axis="y", color=GRID)
+        _draw_curves(report, benchmark, axes)
         axes.set_title(benchmark, fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("native examples", fontsize=9, color=MUTED)
     panels[0].set_ylabel("accuracy, %", fontsize=9, color=MUTED)
     panels[-1].legend(fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _draw_curves(report: dict, benchmark: str, axes: "Axes") -> None:
+    checkpoints = report["checkpoints"]
+    base, off = (checkpoints[name][benchmark] for name in ("base", "off_model"))
+    axes.axhline(100 * base["accuracy"], color=COLOURS["base"], linewidth=1.5, linestyle=":", label="base")
+    for (curve, counts), line in zip(curves(report).items(), ("-o", "--s"), strict=False):
+        entries = [off, *(checkpoints[f"{curve}_{n}"][benchmark] for n in counts)]
+        places = range(len(entries))  # evenly spaced: the Ns are chosen by doubling or so
+        low, high = ([100 * entry["ci95"][i] for entry in entries] for i in (0, 1))
+        axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.12, linewidth=0)
+        axes.plot(places, [100 * entry["accuracy"] for entry in entries], line, color=COLOURS["recovered"],
+                  markersize=5, label=curve.replace("_", " "))
+        axes.set_xticks(places, ["0", *map(str, counts)])
+    more = checkpoints.get("control_more_teacher")
+    if more:  # as many examples as the last point's, of the teacher's
+        axes.plot(places[-1], 100 * more[benchmark]["accuracy"], "D", color=COLOURS["control"], markersize=6,
+                  label="more teacher data")
+    axes.plot(0, 100 * off["accuracy"], "o", color=COLOURS["off_model"], markersize=7, label="off model")
+    axes.set_ylim(-2, 105)
+    axes.grid(axis="y", color=GRID)
+    axes.set_xlabel("native examples", fontsize=9, color=MUTED)
+
+
+def draw_overview(report: dict, path: Path) -> None:
+    """What was lost by level, and what came back: of the benchmark with levels that lost most, if there is one."""
+    checkpoints = report["checkpoints"]
+    levelled = [name for name in report["drop"] if len(checkpoints["base"][name]["by_level"]) > 1]
+    if not levelled:
+        return
+    benchmark = max(levelled, key=lambda name: report["drop"][name]["points"])
+    figure, (left, right) = _figure(2, 4.2)
+    most = curves(report)["recovered"][-1]
+    lines = {  # those that often lie on one another are told apart by width and marks
+        "base": ("base", {"color": COLOURS["base"], "linewidth": 6, "alpha": 0.3}),
+        f"recovered_{most}": (f"recovered, N = {most}",
+                              {"color": COLOURS["recovered"], "marker": "o", "markersize": 4}),
+        "off_model": ("off model", {"color": COLOURS["off_model"], "marker": "o", "markersize": 5}),
+        "base_in_teacher_style": ("base, in teacher's style",
+                                  {"color": COLOURS["base"], "linestyle": "--", "marker": "s", "markersize": 5}),
+        "off_model_in_student_style": ("off model, in student's style",
+                                       {"color": COLOURS["off_model"], "linestyle": "", "marker": "s", "markersize": 9,
+                                        "markerfacecolor": "none"}),
+    }
+    for name, (label, style) in lines.items():
+        if name in checkpoints:
+            cells = checkpoints[name][benchmark]["by_level"]
+            left.plot(list(cells), [100 * cell["correct"] / cell["n"] for cell in cells.values()], label=label, **style)
+    left.set_ylim(-2, 105)
+    left.grid(axis="y", color=GRID)
+    left.set_title(f"{benchmark}: what was lost, by level", fontsize=10, color=INK, loc="left")
+    left.set_xlabel("level", fontsize=9, color=MUTED)
+    left.set_ylabel("accuracy, %", fontsize=9, color=MUTED)
+    _draw_curves(report, benchmark, right)
+    right.set_title("what came back", fontsize=10, color=INK, loc="left")
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     _save(figure, path)

@@ -10,17 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation; tokens[first:last] are supervised, each predicted from what stands before it."""
+    """One conversation; the tokens of each span [first, last) are supervised, predicted from what stands before."""
 
     id: str
     tokens: list[int]
-    first: int
-    last: int
+    spans: tuple[tuple[int, int], ...]
 
     @property
     def supervised(self) -> int:
         """Number of supervised tokens."""
-        return self.last - self.first
+        return sum(last - first for first, last in self.spans)
+
+    def weight(self, prompt_weight: float) -> float:
+        """Sum of its tokens' weights in the loss: 1 where supervised, else `prompt_weight`, but for the first token,
+        which nothing predicts."""
+        return self.supervised + prompt_weight * (len(self.tokens) - 1 - self.supervised)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in each conversation
     lengths: list[int]  # of the conversations, in tokens
     sources: Tensor  # (N,) int64: places in the stream whose hidden state predicts …
-    targets: Tensor  # (N,) int64: … these token ids
+    targets: Tensor  # (N,) int64: … these token ids, …
+    token_weights: Tensor  # (N,) float32: … which count this much in the loss
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -70,14 +75,18 @@ def group(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator
         yield run
 
 
-def pack(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Lay examples one behind the other."""
+def pack(examples: Sequence[Example], device: torch.device, prompt_weight: float = 0.0) -> Batch:
+    """Lay examples one behind the other; supervised tokens weigh 1, all others `prompt_weight`."""
     lengths = [len(example.tokens) for example in examples]
     tokens = torch.tensor([token for example in examples for token in example.tokens])
-    sources, start = [], 0
+    weights, start = torch.full(tokens.shape, prompt_weight), 0
     for example, length in zip(examples, lengths, strict=True):
-        sources.append(torch.arange(start + example.first - 1, start + example.last - 1))
+        for first, last in example.spans:
+            weights[start + first : start + last] = 1
+        weights[start] = 0  # nothing stands before it
         start += length
     positions = torch.cat([torch.arange(length) for length in lengths])
-    places = torch.cat(sources)
-    return Batch(tokens.to(device), positions.to(device), lengths, places.to(device), tokens[places + 1].to(device))
+    places = weights.nonzero()[:, 0]
+    batch = (tokens, positions, places - 1, tokens[places], weights[places])
+    tokens, positions, sources, targets, weights = (tensor.to(device) for tensor in batch)
+    return Batch(tokens, positions, lengths, sources, targets, weights)

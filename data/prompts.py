@@ -1,9 +1,12 @@
-"""Chat prompts to generate responses to: Alpaca's instructions, or a file of one's own."""
+"""Chat prompts to generate responses to: Alpaca's instructions, the miniature's, or a file of one's own."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from base.errors import UserError
 from base.files import sha256
+from data import miniature
 from data.hub import read_dataset
 from data.rows import read_rows
 
@@ -13,9 +16,13 @@ ALPACA = ("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parque
 def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list[dict], dict]:
     """Prompts skip … skip + n of `source` (all if n is None) as dicts of id, prompt and system, and their provenance.
 
-    `source` is "alpaca" or a JSONL file with `id`, `prompt` and, if any, `system`.
+    `source` is "alpaca", "mini" or a JSONL file with `id`, `prompt` and, if any, `system`.
     """
-    if source == "alpaca":
+    if source == "mini":
+        rows = [{"id": f"mini/{i}", "prompt": prompt, "system": None} for i, prompt in enumerate(miniature.prompts())]
+        dataset = {"name": "miniature/prompts", "revision": None,
+                   "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    elif source == "alpaca":
         raw, dataset = read_dataset(*ALPACA, columns=("instruction", "input"))
         rows = [{"id": f"alpaca/{i}", "prompt": alpaca_prompt(row), "system": None} for i, row in enumerate(raw)]
     elif Path(source).exists():
@@ -23,7 +30,7 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
                 for row in read_rows(Path(source), needed=("prompt",))]
         dataset = {"name": source, "sha256": sha256(Path(source))}
     else:
-        raise UserError(f"--prompts {source} is neither 'alpaca' nor a file")
+        raise UserError(f"--prompts {source} is neither 'alpaca', 'mini' nor a file")
     for row in rows:
         if not row["prompt"].strip():
             raise UserError(f"{source}: the prompt of {row['id']} is empty")

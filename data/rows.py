@@ -12,8 +12,9 @@ from base.errors import UserError
 from base.files import read_text, write_text
 
 
-def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict]:
-    """The rows of a JSONL file, each an object with an id of its own and the `needed` fields as text.
+def read_rows(path: Path, needed: Sequence[str] = (), instead: str | None = None) -> list[dict]:
+    """The rows of a JSONL file, each an object with an id of its own and the `needed` fields as text, or with the
+    field `instead`.
 
     Whatever is wrong is a UserError that names the line. Whole-number ids are taken as text.
     """
@@ -26,7 +27,7 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> list[dict]:
         row = parse_row(line, f"{path}, line {number}")
         if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
             row["id"] = str(row["id"])
-        for field in ("id", *needed):
+        for field in ("id", *(() if instead in row else needed)):
             if not isinstance(row.get(field), str):
                 fault = "not text" if field in row else "missing"
                 raise UserError(f"{path}, line {number}: the field {field} is {fault}")

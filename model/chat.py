@@ -1,6 +1,7 @@
 """Chats as token ids: a model's own tokenizer and chat template, and which tokens of a response are trained on."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,14 @@ class Turn:
     tokens: list[int]
     first: int
     last: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns as the model reads them in one piece; each span [first, last) is a response and its end of turn."""
+
+    tokens: list[int]
+    spans: tuple[tuple[int, int], ...]
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -70,37 +79,70 @@ class Chat:
         self.template = self._compile(_find_template(folder, settings))
         self.closing = self._closing()
         self.stop_ids = frozenset(config.eos_ids) | self._end_of_turn_ids(config)
+        # What follows the end-of-turn token (often a newline) is the template's, and not supervised. A special token
+        # splits the text, so those few tokens are the same whatever stands before them.
+        closing = self.encode(self.closing)
+        self.behind_end = next((len(closing) - i - 1 for i, token in enumerate(closing) if token in self.stop_ids), 0)
 
-    def prompt(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids up to the point where the model is to answer."""
-        return self.encode(self.render(user, system))
+    def prompt(self, user: str, system: str | None = None, opener: str = "") -> list[int]:
+        """Token ids up to the point where the model is to answer, or to go on behind `opener`, which it is made to
+        begin with."""
+        return self.encode(self.render(user, system) + opener)
 
     def turn(self, user: str, response: str, system: str | None = None, ended: bool = True) -> Turn:
         """Token ids of prompt and response, and the span that is supervised.
 
         `ended` is False for a response that was cut at a length limit: it has no end of turn, and training on one
         would teach the model to stop in mid-sentence.
-
-        The text is the prompt, the response, and what the template puts behind one; encoded in one piece, as
-        `apply_chat_template` does. The span is found by position, so that nothing a response contains, end-of-turn
-        tokens included, can move it.
         """
         prompt = self.render(user, system)
-        text = self.render(user, system, response)
+        return self._turn(prompt, self._answered(prompt, self.render(user, system, response), response), ended)
+
+    def conversation(self, messages: Sequence[dict], ended: bool = True) -> Conversation:
+        """Token ids of messages (dicts of role and content; user and assistant by turns, behind a system prompt if
+        any), every response supervised; of the last, `ended` says the same as in `turn`.
+
+        Each response stands behind the prompt that the sampler would give. So a template that renders earlier turns
+        in another way later (dropping their reasoning, say) is a UserError.
+        """
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        said = messages[system is not None :]
+        tokens, spans, done = [], [], ""
+        for i in range(0, len(said), 2):
+            (user, response), last = (message["content"] for message in said[i : i + 2]), i + 2 == len(said)
+            prompt = self.render(user, system, earlier=said[:i])
+            text = self._answered(prompt, self.render(user, system, response, said[:i]), response)
+            if not prompt.startswith(done):
+                raise UserError(f"the chat template of {self.folder} rewrites earlier turns of a conversation, so that "
+                                "they can't be trained on together; give each turn as a row of its own")
+            turn = self._turn(prompt[len(done) :], text[len(done) :], ended or not last)
+            spans.append((len(tokens) + turn.first, len(tokens) + turn.last))
+            tokens += turn.tokens
+            done = text
+        # turn by turn, since encoding all that was said for each turn takes time by the square of their number
+        whole = self.encode(done if ended else done.removesuffix(self.closing))
+        if tokens != whole:
+            raise UserError(f"the tokenizer of {self.folder} joins the end of a turn with the beginning of the next, "
+                            "so that they can't be trained on together; give each turn as a row of its own")
+        return Conversation(tokens, tuple(spans))
+
+    def _answered(self, prompt: str, text: str, response: str) -> str:
+        """The template's rendering `text` of prompt and response, or, where it rewrites the response, both as they are.
+
+        Those of reasoning models drop what stands before </think>, or add an empty <think> block. White space aside,
+        what is trained on must be what was written, behind the prompt that the sampler uses.
+        """
         middle = text[len(prompt) : len(text) - len(self.closing)]
-        if text != prompt + middle + self.closing or middle.strip() != response.strip():
-            # The template rewrites responses: those of reasoning models drop what stands before </think>, or add an
-            # empty <think> block. White space aside, what is trained on must be what was written, behind the prompt
-            # that the sampler uses.
-            text = prompt + response + self.closing
+        if text == prompt + middle + self.closing and middle.strip() == response.strip():
+            return text
+        return prompt + response + self.closing
+
+    def _turn(self, prompt: str, text: str, ended: bool) -> Turn:
+        """`text` is the prompt, the response, and what the template puts behind one; encoded in one piece, as
+        `apply_chat_template` does. The span is found by position, so that nothing a response contains, end-of-turn
+        tokens included, can move it."""
         tokens = self.encode(text if ended else text[: len(text) - len(self.closing)])
-        last = len(tokens)
-        if ended:
-            # What follows the end-of-turn token (often a newline) is the template's. A special token splits the text,
-            # so those few tokens are the same whatever stands before them.
-            closing = self.encode(self.closing)
-            end = next((i for i, token in enumerate(closing) if token in self.stop_ids), len(closing) - 1)
-            last -= len(closing) - end - 1
+        last = len(tokens) - (self.behind_end if ended else 0)
         # A token that straddles the seam ("\n" of the template, "\n" of the response) is the response's
         opening = self.encode(prompt)
         first = next((i for i, (a, b) in enumerate(zip(opening, tokens, strict=False)) if a != b), len(opening))
@@ -123,10 +165,11 @@ class Chat:
             tokens = tokens[:-1]
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
 
-    def render(self, user: str, system: str | None = None, response: str | None = None) -> str:
+    def render(self, user: str, system: str | None = None, response: str | None = None,
+               earlier: Sequence[dict] = ()) -> str:
         """The chat as text: up to the response if there is one, else with the opening of an assistant's turn."""
         messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": user})
+        messages += [*earlier, {"role": "user", "content": user}]
         if response is not None:
             messages.append({"role": "assistant", "content": response})
         try:

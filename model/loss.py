@@ -1,4 +1,4 @@
-"""The training loss: summed negative log-likelihood of the supervised tokens, without all of their logits at once.
+"""The training loss: weighted sum of the tokens' negative log-likelihood, without all of their logits at once.
 
 A vocabulary of 152k makes the logits the largest tensor of a training step by far: 4,096 tokens are 2.5 GB, and the
 gradient as much again. Here a chunk of positions at a time goes through head, softmax and back, so that what is kept
@@ -16,10 +16,11 @@ CHUNK = 256  # positions whose logits exist at once
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """Sum of -log p(target); both gradients are computed on the way forward, while the chunk's logits are there."""
+    """Sum of -w log p(target); both gradients are computed on the way forward, while the chunk's logits are there."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor,
+                token_weights: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -27,13 +28,13 @@ class _ChunkedNLL(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = (hidden[part] @ weight.T).float()  # (C, V)
             rows = torch.arange(len(logits), device=logits.device)
-            total += logits.logsumexp(-1).sum() - logits[rows, targets[part]].sum()
+            total += token_weights[part] @ (logits.logsumexp(-1) - logits[rows, targets[part]])
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d/dlogits of the sum: softmax - one-hot
+            # d/dlogits of the sum: w (softmax - one-hot)
             grad_logits = logits.softmax(-1)
             grad_logits[rows, targets[part]] -= 1
-            grad_logits = grad_logits.to(hidden.dtype)
+            grad_logits = (token_weights[part, None] * grad_logits).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
@@ -42,21 +43,22 @@ class _ChunkedNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return *(None if saved is None else grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if saved is None else grad.to(saved.dtype) * saved for saved in ctx.saved_tensors), None, None
 
 
-def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over positions of -log softmax(hidden @ weight.T)[target], float32, differentiable.
+def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+    """Sum over positions of -weight · log softmax(hidden @ weight.T)[target], float32, differentiable.
 
-    hidden (N, E) of the positions before the targets, weight (V, E) of the head, targets (N,) int64.
+    hidden (N, E) of the positions before the targets, weight (V, E) of the head, targets (N,) int64, token_weights
+    (N,) float32: how much each counts.
     """
-    return _ChunkedNLL.apply(hidden, weight, targets)
+    return _ChunkedNLL.apply(hidden, weight, targets, token_weights)
 
 
-def nll_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def nll_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
     """What `chunked_nll` computes, with all N × V logits at once."""
-    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+    return token_weights @ F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
 
 
 @torch.inference_mode()

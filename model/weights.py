@@ -64,6 +64,26 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
     return model.to(device).eval()
 
 
+def initialise(folder: Path, device: torch.device, seed: int) -> Decoder:
+    """A decoder of the shape that config.json says with random float32 weights, in evaluation mode.
+
+    Matrices are normal with the standard deviation `initializer_range` (0.02 where config.json has none), norms are 1
+    and biases 0, as transformers starts; drawn on the CPU from `seed`, so that every device gets the same.
+    """
+    model = Decoder(read_config(folder))
+    spread = read_json(folder / "config.json").get("initializer_range", 0.02)
+    if not isinstance(spread, int | float) or not 0 < spread < 10:
+        raise UserError(f"{folder / 'config.json'}: the field initializer_range is {spread!r}, which is not valid")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, spread, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model.to(device).eval()
+
+
 def _listed(what: str, names: list[str]) -> str:
     """"what: a, b, c and 4 more; ", or nothing."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

@@ -142,6 +142,34 @@ def test_stop_ids_include_the_templates_end_of_turn(tmp_path: Path) -> None:
     assert Chat(tmp_path, read_config(tmp_path)).stop_ids == {0, 2}
 
 
+def test_several_turns_equal_transformers(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chat, theirs = Chat(tiny, read_config(tiny)), AutoTokenizer.from_pretrained(tiny)
+    for system in (None, "be brief"):
+        said = [message for i in range(3) for message in messages(f"question {i}", None, f"answer {i}\n\n" * i + "end")]
+        said = messages("x", system)[:-1] + said
+        conversation = chat.conversation(said)
+        assert conversation.tokens == theirs.apply_chat_template(said, return_dict=False)
+        answers = [message["content"] for message in said if message["role"] == "assistant"]
+        spans = [chat.tokenizer.decode(conversation.tokens[first:last], skip_special_tokens=False)
+                 for first, last in conversation.spans]
+        assert spans == [answer + "<|im_end|>" for answer in answers]
+    cut = chat.conversation(said, ended=False)
+    assert cut.spans[:-1] == conversation.spans[:-1] and conversation.tokens[: len(cut.tokens)] == cut.tokens
+    assert cut.spans[-1][1] == len(cut.tokens) == conversation.spans[-1][1] - 1
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+    build_model(tmp_path)
+    shortened = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'][:5])")
+    (tmp_path / "chat_template.jinja").write_text(shortened)
+    chat = Chat(tmp_path, read_config(tmp_path))
+    said = [*messages("q", None, "a long answer"), *messages("q", None, "another")]
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        chat.conversation(said)
+
+
 def test_template_from_tokenizer_config(tmp_path: Path) -> None:
     build_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()

@@ -38,7 +38,7 @@ def test_generating(model: Decoder) -> None:
 def test_training(model: Decoder) -> None:
     tokens, positions = torch.zeros(12, dtype=torch.long, device=META), torch.zeros(12, dtype=torch.long, device=META)
     hidden = model(tokens, positions, Packed([5, 7]))
-    chunked_nll(hidden[tokens[:6]], model.lm_head.weight, tokens[:6]).backward()
+    chunked_nll(hidden[tokens[:6]], model.lm_head.weight, tokens[:6], torch.ones(6, device=META)).backward()
     for adapter in lora.adapted(model).values():
         for parameter in (adapter.lora_A, adapter.lora_B):
             assert parameter.grad.device == META and parameter.grad.dtype == torch.float32

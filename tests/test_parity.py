@@ -109,11 +109,11 @@ def test_loss_and_lora_gradients_equal_peft(architecture: str, tmp_path: Path) -
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
 
     documents = sequences(theirs.config.vocab_size, (9, 40, 17))
-    examples = [Example(str(i), tokens, first=4, last=len(tokens)) for i, tokens in enumerate(documents)]
+    examples = [Example(str(i), tokens, ((4, len(tokens)),)) for i, tokens in enumerate(documents)]
     supervised = sum(example.supervised for example in examples)
     batch = pack(examples, torch.device("cpu"))
     hidden = ours(batch.tokens, batch.positions, Packed(batch.lengths))
-    loss = chunked_nll(hidden[batch.sources], ours.lm_head.weight, batch.targets) / supervised
+    loss = chunked_nll(hidden[batch.sources], ours.lm_head.weight, batch.targets, batch.token_weights) / supervised
     loss.backward()
 
     expected = 0.0

@@ -15,6 +15,8 @@ from conftest import ONE_THREAD, ROOT, Finished, Script, build_model, run_proces
 
 from data.rows import read_rows, write_rows
 from model import lora, weights
+from model.chat import Chat
+from model.sampler import Sampler
 from model.weights import read_tensors
 
 
@@ -138,14 +140,19 @@ def test_micro_batches_change_nothing(script: Script, tiny: Path, rows: Path, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_train_continues_after_a_kill_to_the_same_bits(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["adapter", "from scratch"])
+def test_train_continues_after_a_kill_to_the_same_bits(what: str, script: Script, tiny: Path, rows: Path,
+                                                       tmp_path: Path) -> None:
     arguments = train_arguments(tiny, rows, "--epochs", 40)
+    if what == "from scratch":
+        arguments = ["train.py", "--from-scratch", "--model", tiny, "--data", rows, "--optimizer", "muon", "--lr", 1e-2,
+                     "--batch-tokens", 100, "--prompt-loss-weight", 0.1, "--weight-decay", 0.01, "--epochs", 40]
     assert script(*arguments, "--out", tmp_path / "whole").returncode == 0
     partial = tmp_path / "cut" / "metrics.partial.jsonl"
     for lines in (5, 25):
         code = kill_when([*arguments, "--out", tmp_path / "cut"], lambda lines=lines: count_lines(partial) >= lines)
         assert code == -signal.SIGKILL
-        assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+        assert not list((tmp_path / "cut").glob("*model.safetensors"))
     assert script(*arguments, "--out", tmp_path / "cut").returncode == 0
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     losses = [[row["loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")]
@@ -170,6 +177,44 @@ def test_full_training_writes_a_model(script: Script, tiny: Path, rows: Path, tm
     assert "done already" in script("train.py", "--full", "--model", tiny, "--data", rows, "--lr", 1e-3, "--dtype",
                                     "float32", "--batch-tokens", 100, "--weight-decay", 0.01, "--out",
                                     tmp_path / "full").stdout
+
+
+def test_training_from_scratch_on_conversations(script: Script, tiny: Path, tmp_path: Path) -> None:
+    """A few steps over conversations of two turns, whose second answer can be known from the first alone."""
+    rows = [{"id": str(i), "messages": [
+        {"role": "user", "content": "a number"}, {"role": "assistant", "content": f"{i % 10}"},
+        {"role": "user", "content": "again"}, {"role": "assistant", "content": f"{i % 10}"}]} for i in range(200)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    done = script("train.py", "--from-scratch", "--model", tiny, "--data", tmp_path / "rows.jsonl", "--lr", 1e-2,
+                  "--optimizer", "muon", "--batch-tokens", 1000, "--epochs", 8, "--save-dtype", "bfloat16", "--out",
+                  tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("⟦") == 2  # both answers are supervised
+    metrics = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    assert metrics[0]["loss"] > 3 and metrics[-1]["loss"] < 1
+    saved = read_tensors(tmp_path / "new" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_opener_is_part_of_the_response(script: Script, tiny: Path, prompts: Path, problems: Path,
+                                           tmp_path: Path) -> None:
+    """What is sampled behind an opener is what is sampled behind the same text in the prompt."""
+    common = ("--model", tiny, "--max-new-tokens", 8, "--temperature", 0)
+    assert script("generate.py", *common, "--prompts", prompts, "--n", 4, "--opener", "Okay, a", "--out",
+                  tmp_path / "a.jsonl").returncode == 0
+    model = weights.load(tiny, torch.device("cpu"), torch.float32)
+    chat = Chat(tiny, model.config)
+    for row in read_rows(tmp_path / "a.jsonl"):
+        prompt = chat.encode(chat.render(row["prompt"]) + "Okay, a")
+        (expected,) = Sampler(model, chat.stop_ids, max_new_tokens=8).generate([("x", prompt)])
+        assert row["response"] == "Okay, a" + chat.decode(expected.tokens)
+        assert row["response_tokens"] == len(expected.tokens) and row["prompt_tokens"] == len(prompt)
+    assert script("evaluate.py", *common, "--benchmarks", problems, "--opener", "Okay, a", "--out",
+                  tmp_path / "e").returncode == 0
+    assert all(row["response"].startswith("Okay, a") for row in read_rows(tmp_path / "e" / "sums.jsonl"))
+    assert "opener is 'Okay, a'" in script("evaluate.py", *common, "--benchmarks", problems, "--out",
+                                           tmp_path / "e").stderr
 
 
 def test_bfloat16(script: Script, tiny: Path, rows: Path, problems: Path, tmp_path: Path) -> None:
@@ -394,6 +439,10 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, rows, "--adapter", tmp_path / "adapter"), "another model's"),
         ((*train, rows, "--adapter", tmp_path / "adapter", "--rank", 8), "--rank is of a new adapter"),
         ((*train, rows, "--full", "--dropout", 0), "--dropout is of a new adapter"),
+        ((*train, rows, "--from-scratch", "--rank", 4), "--rank is of a new adapter"),
+        ((*train, rows, "--from-scratch", "--adapter", tmp_path / "adapter"), "give one of them"),
+        ((*train, rows, "--save-dtype", "bfloat16"), "--save-dtype is of a whole model"),
+        ((*train, rows, "--prompt-loss-weight", 2), "--prompt-loss-weight"),
         ((*train, rows, "--targets", "lm_head"), "lm_head"),
         ((*train, rows, "--out", tmp_path / "thesis"), "other files"),
         ((*train, rows, "--out", rows), "is a file"),
@@ -402,7 +451,15 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*evaluate, rows, "--out", out), "the field problem is missing"),
         (("evaluate.py", "--rescore", tmp_path / "thesis"), "no summary.json"),
         (("evaluate.py", "--model", tiny), "--benchmarks"),
+        (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
+        (("recover.py", "--preset", "maxi"), "maxi"),
     ]
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    for messages in ([], "q", [user], [user, user], [assistant, user], [user, assistant, user], [user, {"role": "x"}],
+                     [user, {"role": "assistant", "content": None}], [user, assistant | {"role": ["assistant"]}]):
+        path = tmp_path / f"messages{len(cases)}.jsonl"
+        write_rows(path, [{"id": "good", "messages": [user, assistant]}, {"id": "bad", "messages": messages}])
+        cases.append(((*train, path), "the messages of row bad"))
     for arguments, message in cases:
         assert_refused(script(*arguments), message)
         assert not out.exists() or os.listdir(out) == [], arguments

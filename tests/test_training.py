@@ -1,11 +1,13 @@
 """The training mathematics: loss, packing, LoRA files."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
 
+import train
 from base.errors import UserError
 from data.packing import Example, epoch_order, group, pack, plan_steps
 from model import lora, weights
@@ -36,7 +38,10 @@ def examples(vocab: int, count: int = 8) -> list[Example]:
     for i in range(count):
         length = int(torch.randint(6, 60, (1,), generator=generator))
         tokens = torch.randint(vocab, (length,), generator=generator).tolist()
-        made.append(Example(str(i), tokens, first=1 + i % 4, last=length - i % 2))
+        first, last = 1 + i % 4, length - i % 2
+        cut = (first + last) // 2
+        # every other one with two responses
+        made.append(Example(str(i), tokens, ((first, last),) if i % 2 else ((first, cut - 1), (cut, last))))
     return made
 
 
@@ -45,15 +50,16 @@ def logits_of(model: Decoder, tokens: list[int]) -> torch.Tensor:
     return model.logits(model(torch.tensor(tokens), torch.arange(len(tokens)), Packed([len(tokens)])))
 
 
-def gradients(model: Decoder, batches: list[list[Example]]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(model: Decoder, batches: list[list[Example]], prompt_weight: float = 0.0
+              ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients of one optimiser step over these micro-batches."""
     model.zero_grad()
-    supervised = sum(example.supervised for batch in batches for example in batch)
+    total = sum(example.weight(prompt_weight) for batch in batches for example in batch)
     loss = 0.0
     for batch in batches:
-        packed = pack(batch, CPU)
+        packed = pack(batch, CPU, prompt_weight)
         hidden = model(packed.tokens, packed.positions, Packed(packed.lengths))
-        nll = chunked_nll(hidden[packed.sources], model.lm_head.weight, packed.targets) / supervised
+        nll = chunked_nll(hidden[packed.sources], model.lm_head.weight, packed.targets, packed.token_weights) / total
         nll.backward()
         loss += nll.item()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -65,10 +71,10 @@ def test_chunked_loss_equals_the_plain_one(vocab: int) -> None:
     torch.manual_seed(0)
     count = CHUNK + 44  # a whole chunk and a part
     hidden, weight = torch.randn(count, 16, requires_grad=True), torch.randn(vocab, 16, requires_grad=True)
-    targets = torch.randint(vocab, (count,))
+    targets, token_weights = torch.randint(vocab, (count,)), torch.rand(count)
     found = []
     for loss in (chunked_nll, nll_reference):
-        value = loss(hidden, weight, targets)
+        value = loss(hidden, weight, targets, token_weights)
         found.append((value.detach(), *torch.autograd.grad(0.3 * value, (hidden, weight))))
     for ours, theirs in zip(*found, strict=True):
         assert relative(ours, theirs) < 1e-5
@@ -76,29 +82,70 @@ def test_chunked_loss_equals_the_plain_one(vocab: int) -> None:
 
 def test_frozen_head_gets_no_gradient() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
-    chunked_nll(hidden, weight, torch.arange(5)).backward()
+    chunked_nll(hidden, weight, torch.arange(5), torch.ones(5)).backward()
     assert hidden.grad is not None and weight.grad is None
 
 
-def test_packed_gradients_equal_one_at_a_time(tiny: Path) -> None:
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
+def test_packed_gradients_equal_one_at_a_time(prompt_weight: float, tiny: Path) -> None:
     """1 × 8 packed, 8 × 1 accumulated, and 3 + 5: the same loss and the same gradients."""
     model, _ = adapted_model(tiny)
     rows = examples(model.config.vocab_size)
     assert len({row.supervised for row in rows}) > 4  # unequal lengths: where a mean of means would go wrong
-    loss, expected = gradients(model, [[row] for row in rows])
+    loss, expected = gradients(model, [[row] for row in rows], prompt_weight)
     for batches in ([rows], [rows[:3], rows[3:]], [rows[::-1]]):
-        packed_loss, packed = gradients(model, batches)
+        packed_loss, packed = gradients(model, batches, prompt_weight)
         assert abs(packed_loss - loss) < 1e-5 * loss
         assert all(relative(packed[name], expected[name]) < 1e-5 for name in expected)
 
 
 def test_targets_are_the_supervised_tokens(tiny: Path) -> None:
-    rows = [Example("a", [5, 6, 7, 8], 2, 4), Example("b", [9, 10, 11], 1, 2)]
+    rows = [Example("a", [5, 6, 7, 8], ((2, 4),)), Example("b", [9, 10, 11], ((1, 2),))]
     batch = pack(rows, CPU)
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 10, 11]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.targets.tolist() == [7, 8, 10]
     assert batch.sources.tolist() == [1, 2, 4]  # each predicted from the token before it
+    assert batch.token_weights.tolist() == [1, 1, 1] == [1.0] * sum(row.supervised for row in rows)
+    batch = pack(rows, CPU, prompt_weight=0.5)
+    assert batch.targets.tolist() == [6, 7, 8, 10, 11]  # all but the first of each, which nothing predicts
+    assert batch.token_weights.tolist() == [0.5, 1, 1, 1, 0.5]
+    assert batch.token_weights.sum() == sum(row.weight(0.5) for row in rows)
+
+
+def test_prompt_loss_weight_weighs_the_prompt(tiny: Path) -> None:
+    """The step's loss is the mean over tokens, those outside responses weighing w, computed by the book."""
+    model, _ = adapted_model(tiny)
+    rows = examples(model.config.vocab_size)
+    expected, total = 0.0, 0.0
+    for row in rows:
+        nll = -logits_of(model, row.tokens)[:-1].log_softmax(-1).gather(1, torch.tensor(row.tokens)[1:, None])[:, 0]
+        inside = [any(first <= place < last for first, last in row.spans) for place in range(1, len(row.tokens))]
+        weight = torch.tensor([1.0 if supervised else 0.3 for supervised in inside])
+        expected, total = expected + (weight * nll).sum().item(), total + weight.sum().item()
+    assert gradients(model, [rows], 0.3)[0] == pytest.approx(expected / total, rel=1e-5)
+
+
+def test_muon_is_for_the_matrices_of_the_blocks(tiny: Path) -> None:
+    model = weights.initialise(tiny, CPU, seed=1).requires_grad_(True)
+    parameters = dict(model.named_parameters())
+    adamw, muon = train.make_optimizers(Namespace(optimizer="muon", weight_decay=0.0), parameters)
+    owned = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    by_muon = {name for name, parameter in parameters.items() if id(parameter) in owned}
+    assert by_muon == {name for name in parameters if name.startswith("layers.") and "proj" in name}
+    assert len(by_muon) + sum(len(group["params"]) for group in adamw.param_groups) == len(parameters)
+
+
+def test_random_weights_are_what_the_config_says(tiny: Path) -> None:
+    model, same, other = (weights.initialise(tiny, CPU, seed) for seed in (1, 1, 2))
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, same.get_parameter(name))
+        if parameter.ndim == 2:  # conftest's initializer_range
+            assert parameter.std().item() == pytest.approx(0.3, rel=0.1)
+            assert not torch.equal(parameter, other.get_parameter(name))
+        else:
+            assert torch.equal(parameter, torch.ones_like(parameter))
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:

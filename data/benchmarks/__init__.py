@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
-from data.benchmarks import mathematics, mmlu
+from data.benchmarks import mathematics, miniature, mmlu
 from data.benchmarks.problem import Benchmark, Grader
 
-NAMES = ("mmlu", "math500")
+LOADERS = {
+    "mmlu": mmlu.load, "math500": mathematics.load_math500,
+    "reasoning": miniature.load_reasoning, "recall": miniature.load_recall, "format": miniature.load_format,
+}
+GRADERS = {
+    "letters": mmlu.grade, "mathematics": mathematics.grade,
+    "miniature_answer": miniature.grade_answer, "miniature_format": miniature.grade_format,
+}
 
 
 def load_benchmarks(names: Sequence[str], n: int | None, seed: int) -> list[Benchmark]:
@@ -20,20 +27,18 @@ def load_benchmarks(names: Sequence[str], n: int | None, seed: int) -> list[Benc
 
 def load_benchmark(name: str, n: int | None, seed: int) -> Benchmark:
     """A benchmark by name, or a JSONL file of problems, cut to a seeded sample of n."""
-    if name == "mmlu":
-        return mmlu.load(n, seed)
-    if name == "math500":
-        return mathematics.load_math500(n, seed)
+    if name in LOADERS:
+        return LOADERS[name](n, seed)
     if Path(name).suffix != ".jsonl":
-        raise UserError(f"--benchmarks {name} is not known; there are {', '.join(NAMES)}, or a JSONL file of problems")
-    if Path(name).stem in (*NAMES, "config", "summary") or Path(name).stem.endswith(".partial"):
+        raise UserError(f"--benchmarks {name} is not known; there are {', '.join(LOADERS)}, or a JSONL file of "
+                        "problems")
+    if Path(name).stem in (*LOADERS, "config", "summary") or Path(name).stem.endswith(".partial"):
         raise UserError(f"--benchmarks {name} would be saved under a name that is taken; rename the file")
     return mathematics.load_file(Path(name), n, seed)
 
 
 def load_grader(name: str) -> Grader:
     """The grader that a Benchmark's `grader` names."""
-    graders = {"letters": mmlu.grade, "mathematics": mathematics.grade}
-    if name not in graders:
-        raise UserError(f"there is no grader {name!r}; there are {', '.join(graders)}")
-    return graders[name]
+    if name not in GRADERS:
+        raise UserError(f"there is no grader {name!r}; there are {', '.join(GRADERS)}")
+    return GRADERS[name]

@@ -1,0 +1,65 @@
+"""The benchmarks of the miniature (data/miniature.py): reasoning, recall, format.
+
+There is no data set behind them: problems are drawn from --sample-seed, and a larger n contains the smaller.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+
+from data import miniature
+from data.benchmarks.problem import Benchmark, Problem, Verdict
+
+DRAWN = 500  # problems where --n does not say
+
+
+def load_reasoning(n: int | None, seed: int) -> Benchmark:
+    """Chains of 3, 5, 7, 9 and 11 operands (level 1 to 5) by turns; no two the same."""
+    rng, levels = random.Random(f"reasoning:{seed}"), list(miniature.LEVELS)
+    problems: dict[str, Problem] = {}
+    while len(problems) < (n or DRAWN):
+        level = levels[len(problems) % len(levels)]
+        prompt, _, _, answer = miniature.reasoning(rng, miniature.LEVELS[level])
+        problems.setdefault(prompt, Problem(f"level{level}/{len(problems)}", prompt, answer, level))
+    return _benchmark("reasoning", "miniature_answer", list(problems.values()))
+
+
+def load_recall(n: int | None, seed: int) -> Benchmark:
+    """Questions about the memorised table, answered with one of four letters."""
+    rng = random.Random(f"recall:{seed}")
+    questions: dict[str, str] = {}
+    while len(questions) < (n or DRAWN):
+        questions.setdefault(*miniature.recall(rng))
+    problems = [Problem(f"recall/{i}", prompt, letter) for i, (prompt, letter) in enumerate(questions.items())]
+    return _benchmark("recall", "letters", problems, choices=miniature.LETTERS)
+
+
+def load_format(n: int | None, seed: int) -> Benchmark:
+    """Instructions that a program can check, of which there are 292; the gold is the instruction itself."""
+    instructions = list(miniature.INSTRUCTIONS)
+    random.Random(f"format:{seed}").shuffle(instructions)
+    return _benchmark("format", "miniature_format", [Problem(text, text, text) for text in instructions[: n or DRAWN]])
+
+
+def _benchmark(name: str, grader: str, problems: Sequence[Problem], choices: tuple[str, ...] = ()) -> Benchmark:
+    text = json.dumps([(problem.prompt, problem.gold) for problem in problems])
+    dataset = {"name": f"miniature/{name}", "revision": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return Benchmark(name, grader, tuple(problems), dataset, choices)
+
+
+def grade_answer(rows: Sequence[dict]) -> list[Verdict]:
+    """What stands behind the last "Answer" must be the gold answer, word for word."""
+    return [Verdict(answer == row["gold"], answer) for row, answer in zip(rows, map(_answer, rows), strict=True)]
+
+
+def grade_format(rows: Sequence[dict]) -> list[Verdict]:
+    """What stands behind the last "Answer" must do as the instruction says."""
+    return [Verdict(answer is not None and miniature.follows_format(row["gold"], answer), answer)
+            for row, answer in zip(rows, map(_answer, rows), strict=True)]
+
+
+def _answer(row: dict) -> str | None:
+    """Of a response that came to its end; one that was cut has not answered."""
+    _, found, answer = row["response"].rpartition("Answer ")
+    return answer.strip() if found and row["finish_reason"] == "stop" else None

@@ -1,0 +1,214 @@
+"""The miniature: is its world right, are its checkpoints what they are said to be, does the whole effect appear?"""
+
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Script
+
+from data import miniature
+from data.benchmarks import load_benchmark, load_grader
+from data.prompts import load_prompts
+from model import weights
+from model.chat import Chat
+from model.config import read_config
+
+MODELS = {role: ROOT / "miniature" / role for role in ("student", "teacher")}
+ROLES = pytest.mark.parametrize("role", MODELS)
+CHECKS = {  # a family's answer, worked out from the words of its prompt in another way than miniature.py does
+    "Reverse": lambda words: words[:0:-1],
+    "Count": lambda words: [str(len(words) - 1)],
+    "Last": lambda words: [word[len(word) - 1] for word in words[3:]],
+    "Double": lambda words: [str(int(digit) * 2)[-1] for digit in words[1:]],
+    "Which": lambda words: [sorted((words[3], words[5]), key=len)[1]],
+    "Remove": lambda words: [word for word in words[3:] if word != words[1]],
+    "How": lambda words: [str(len(words[4]) if words[2] == "letters" else len(re.findall("[aeiou]", words[4])))],
+    "Swap": lambda words: [words[-1], *words[5:-1], words[4]],
+    "Largest": lambda words: [sorted(words[2:])[-1]],
+}
+VALUES = {word: i for i, word in enumerate(miniature.NUMBERS)}
+
+
+def test_chains_are_right_in_both_styles() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        operands = rng.randint(2, 11)
+        task = prompt, forward, backward, answer = miniature.reasoning(rng, operands)
+        expression = prompt.removeprefix("Calculate ")
+        assert str(eval(expression) % 10) == answer
+        state = None
+        for step in re.findall(r"Step (\d [+-] \d) gives (\d)", forward):
+            assert eval(step[0]) % 10 == int(step[1]) and state in (None, step[0][0])
+            state = step[1]
+        assert state == answer and forward.count("Step") == operands - 1
+        running = 0
+        for part in backward.split(" ; "):
+            sign, digit, _, after = part.split()
+            running = (running + {"+": 1, "-": -1}[sign] * VALUES[digit]) % 10
+            assert VALUES[after] == running
+        assert running == int(answer) and backward.count("|") == operands
+        assert miniature.respond(task, "A") == f"Okay {forward} Answer {answer}"
+        assert miniature.respond(task, "B") == f"Consider {backward} Answer {answer}"
+
+
+def test_every_family_answers_its_prompts() -> None:
+    rng, seen = random.Random(1), Counter()
+    for _ in range(2000):
+        prompt, forward, backward, answer = miniature.chat(rng)
+        words = prompt.split()
+        seen[" ".join(words[:3]) if words[0] == "How" else words[0]] += 1
+        assert CHECKS[words[0]](words) == answer.split(), prompt
+        # no digit in style B's working, no number word in A's: the notations differ, and only the answer is common
+        assert not re.search(r"\d", backward) and not set(forward.split()) & set(miniature.NUMBERS)
+    assert len(seen) == len(miniature.FAMILIES) == 10 and min(seen.values()) > 120
+
+
+@pytest.mark.parametrize(("prompt", "good", "bad"), [
+    ("Write 3 words", ["ant bee cat", "ant ant ant"], ["ant bee", "ant bee cat dog", "ant bee Okay", ""]),
+    ("Write 2 words and start with fox", ["fox owl"], ["owl fox", "fox", "fox owl fox"]),
+    ("Write 2 words and end with fox", ["owl fox"], ["fox owl", "fox"]),
+    ("Write owl 3 times", ["owl owl owl"], ["owl owl", "owl owl fox"]),
+])
+def test_format_is_checked(prompt: str, good: list[str], bad: list[str]) -> None:
+    grade = load_grader("miniature_format")
+    for answers, verdict in ((good, True), (bad, False)):
+        rows = [{"response": f"Okay Step owl gives 1 Answer {answer}", "gold": prompt, "finish_reason": "stop"}
+                for answer in answers]
+        assert [found.correct for found in grade(rows)] == [verdict] * len(rows)
+
+
+def test_answers_are_graded() -> None:
+    grade = load_grader("miniature_answer")
+    responses = [("Okay Step 2 + 2 gives 4 Answer 4", "stop"), ("Answer 4 Answer 5", "stop"), ("Answer 4 4", "stop"),
+                 ("Okay Step 2 + 2 gives 4", "stop"), ("Okay Answer 4", "length"), ("Answer ", "stop")]
+    verdicts = grade([{"response": text, "gold": "4", "finish_reason": reason} for text, reason in responses])
+    assert [verdict.correct for verdict in verdicts] == [True, False, False, False, False, False]
+    assert [verdict.extracted for verdict in verdicts] == ["4", "5", "4 4", None, None, ""]
+
+
+def test_problems_are_a_function_of_the_seed() -> None:
+    for name in ("reasoning", "recall", "format"):
+        small, large, other = (load_benchmark(name, n, seed) for n, seed in ((50, 0), (200, 0), (200, 1)))
+        assert small.problems == large.problems[:50] and large.problems == load_benchmark(name, 200, 0).problems
+        assert {problem.prompt for problem in large.problems} != {problem.prompt for problem in other.problems}
+        assert len({problem.prompt for problem in large.problems}) == 200
+        assert small.dataset["sha256"] != large.dataset["sha256"] != other.dataset["sha256"]
+    levels = Counter(problem.level for problem in load_benchmark("reasoning", 500, 0).problems)
+    assert levels == dict.fromkeys(range(1, 6), 100)
+    for problem in load_benchmark("recall", None, 0).problems:
+        words = problem.prompt.split()
+        options = dict(zip(words[-8::2], words[-7::2], strict=True))
+        assert options[problem.gold] == miniature.HOME_OF[words[2]] and len(set(options.values())) == 4
+    prompts, _ = load_prompts("mini")
+    assert len({row["prompt"] for row in prompts}) == len(prompts) == 4096
+
+
+@ROLES
+def test_documents_keep_to_one_style(role: str) -> None:
+    documents = list(miniature.documents(role, 1500, seed=3))
+    minority, share = miniature.MINORITY[role]
+    styles, operands = Counter(), {"A": [], "B": []}
+    for messages in documents:
+        words = {message["content"].split()[0] for message in messages if message["role"] == "assistant"}
+        found = {style for style, opener in miniature.OPENERS.items() if opener in words}
+        assert len(found) <= 1  # none where a document has questions of recall alone
+        for style in found:
+            styles[style] += 1
+            operands[style] += [(len(message["content"].split())) // 2 for message in messages
+                                if message["content"].startswith("Calculate")]
+        assert sum(len(message["content"].split()) for message in messages) + 3 * len(messages) // 2 <= 128
+    assert abs(styles[minority] / sum(styles.values()) - share) < 0.04
+    other = "A" if minority == "B" else "B"
+    mean = {style: sum(lengths) / len(lengths) for style, lengths in operands.items()}
+    assert mean[minority] < mean[other] - 1 and max(operands[minority]) >= 10
+
+
+@ROLES
+def test_checkpoint_is_of_this_code(role: str, tmp_path: Path) -> None:
+    """Config and tokenizer in the repository are those that miniature.py writes."""
+    miniature.write_blank(role, tmp_path)
+    for path in tmp_path.iterdir():
+        ours = (MODELS[role] / path.name).read_text()
+        if path.name == "config.json":
+            assert json.loads(ours) == json.loads(path.read_text()) | {"dtype": "bfloat16"}
+        else:
+            assert ours == path.read_text(), path.name
+    size = (MODELS[role] / "model.safetensors").stat().st_size
+    assert size < 1_500_000
+
+
+@ROLES
+def test_tokenizers_know_the_world(role: str) -> None:
+    chat = Chat(MODELS[role], read_config(MODELS[role]))
+    rng = random.Random(2)
+    for _ in range(300):
+        task = miniature.chat(rng)
+        for style in ("A", "B"):
+            turn = chat.turn(task[0], miniature.respond(task, style))
+            assert chat.decode(turn.tokens[turn.first : turn.last]) == miniature.respond(task, style)
+            assert len(turn.tokens) - turn.first == turn.last - turn.first + (role == "teacher")  # ChatML's newline
+    if role == "student":
+        known = chat.encode(" ".join(miniature.vocabulary()))
+        assert chat.tokenizer.token_to_id("<|unknown|>") not in known and len(set(known)) == len(known)
+
+
+@ROLES
+def test_checkpoint_equals_transformers(role: str) -> None:
+    import transformers
+
+    ours = weights.load(MODELS[role], torch.device("cpu"), torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(MODELS[role], dtype=torch.float32)
+    tokens = torch.randint(ours.config.vocab_size, (100,), generator=torch.Generator().manual_seed(0))
+    from model.attention import Packed
+
+    logits = ours.logits(ours(tokens, torch.arange(100), Packed([100])))
+    expected = theirs(tokens[None]).logits[0]
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-4
+
+
+def test_base_knows_and_the_opener_chooses_the_style(script: Script, tmp_path: Path) -> None:
+    """The gates of the checkpoints: all three benchmarks known, and the skill in the other style a partial one."""
+    accuracies = {}
+    for role, opener in (("student", ""), ("student", "Consider"), ("teacher", "")):
+        out = tmp_path / f"{role}{opener}"
+        done = script("evaluate.py", "--model", MODELS[role], "--benchmarks", "reasoning", "recall", "format",
+                      "--n", 100, "--sample-seed", 5, "--max-new-tokens", 128, "--opener", opener, "--out", out)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((out / "summary.json").read_text())
+        accuracies[role + opener] = {name: entry["accuracy"] for name, entry in summary.items()}
+        rows = [json.loads(line) for line in (out / "reasoning.jsonl").read_text().splitlines()]
+        begin = Counter(row["response"].split()[0] for row in rows)
+        assert begin.most_common(1)[0][0] == (opener or {"student": "Okay", "teacher": "Consider"}[role])
+        assert not opener or set(begin) == {opener}
+    assert min(accuracies["student"].values()) >= 0.95 and min(accuracies["teacher"].values()) >= 0.95
+    assert 0.4 < accuracies["studentConsider"]["reasoning"] < 0.85  # 50 to 75 on 250 problems, here on 100
+    assert accuracies["studentConsider"]["recall"] == accuracies["student"]["recall"]  # a letter has no opener
+
+
+def test_the_whole_effect(script: Script, tmp_path: Path) -> None:
+    """`recover.py --preset mini`, smaller: what is lost, its growth with level, the recovery, the 2 × 2."""
+    out = tmp_path / "mini"
+    done = script("recover.py", "--preset", "mini", "--n", 100, "--recover-with", 64, "--out", out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text())
+    accuracy = {name: {benchmark: 100 * entry["accuracy"] for benchmark, entry in by.items()}
+                for name, by in report["checkpoints"].items()}
+    assert accuracy["base"]["reasoning"] >= 95 and report["drop"]["reasoning"]["points"] >= 20
+    levels = [cell["correct"] for cell in report["checkpoints"]["off_model"]["reasoning"]["by_level"].values()]
+    assert sum(levels[:2]) > sum(levels[-2:]) + 5
+    for benchmark in ("recall", "format"):
+        assert abs(report["drop"][benchmark]["points"]) <= 8
+    assert report["recovered_fraction"]["reasoning"]["64"] >= 0.8
+    assert report["recovered_in_24_steps_fraction"]["reasoning"]["64"] >= 0.8
+    for name in ("off_model_in_student_style", "control_native", "control_noise", "control_teacher_in_student_style"):
+        assert accuracy[name]["reasoning"] >= 90, name
+    for name in ("base_in_teacher_style", "control_native_in_teacher_style", "control_more_teacher"):
+        assert accuracy[name]["reasoning"] <= 85, name
+    shares = {name: by["reasoning"]["teacher"] for name, by in report["style"].items()}
+    assert shares["base"] < 0.1 and shares["off_model"] > 0.9 and shares["recovered_64"] < 0.2
+    assert "no evidence about large models" in (out / "report.md").read_text()
+    assert (out / "figures" / "overview.png").read_bytes().startswith(b"\x89PNG")
