@@ -148,23 +148,29 @@ def test_tokenizers_know_the_world(role: str) -> None:
     for _ in range(300):
         task = miniature.chat(rng)
         for style in ("A", "B"):
-            turn = chat.turn(task[0], miniature.respond(task, style))
-            assert chat.decode(turn.tokens[turn.first : turn.last]) == miniature.respond(task, style)
-            assert len(turn.tokens) - turn.first == turn.last - turn.first + (role == "teacher")  # ChatML's newline
-    if role == "student":
-        known = chat.encode(" ".join(miniature.vocabulary()))
-        assert chat.tokenizer.token_to_id("<|unknown|>") not in known and len(set(known)) == len(known)
+            response = miniature.respond(task, style)
+            turn = chat.turn(task[0], response)
+            assert chat.decode(turn.tokens[turn.first : turn.last]) == response
+            # a token a word in both, but for "user" and the marks; the first word is the same token as elsewhere
+            assert turn.last == len(turn.tokens) and turn.last - turn.first == 1 + len(response.split())
+            assert chat.encode("and " + response)[1:] == turn.tokens[turn.first : -1]
+    known = chat.encode(" ".join(miniature.vocabulary()))
+    assert chat.tokenizer.token_to_id("<|unknown|>") not in known and len(set(known)) == len(miniature.vocabulary())
 
 
 @ROLES
 def test_checkpoint_equals_transformers(role: str) -> None:
     import transformers
 
+    from model.attention import Packed
+
+    messages = next(miniature.documents(role, 1, seed=1))
+    chat = Chat(MODELS[role], read_config(MODELS[role]))
+    theirs = transformers.AutoTokenizer.from_pretrained(MODELS[role])
+    assert chat.conversation(messages).tokens == theirs.apply_chat_template(messages, return_dict=False)
     ours = weights.load(MODELS[role], torch.device("cpu"), torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(MODELS[role], dtype=torch.float32)
     tokens = torch.randint(ours.config.vocab_size, (100,), generator=torch.Generator().manual_seed(0))
-    from model.attention import Packed
-
     logits = ours.logits(ours(tokens, torch.arange(100), Packed([100])))
     expected = theirs(tokens[None]).logits[0]
     assert ((logits - expected).norm() / expected.norm()).item() < 1e-4
