@@ -1,4 +1,4 @@
-"""The miniature: a world of 150 words in which off-model SFT can be watched from beginning to end.
+"""The miniature: a world of 142 words in which off-model SFT can be watched from beginning to end.
 
 A model organism, with its cause built in: it shows the mechanism and proves the instruments, and it is no evidence
 about large models. Everything below is drawn from seeds; nothing is downloaded.
@@ -18,7 +18,7 @@ and in style B, which is terse, works from right to left and writes numbers as w
     Consider + six | six ; - four | two ; + two | four Answer 4
 
 A prompt never names a style: a model picks one by its first word, as likely as its training made it. Both models read
-both styles, a style per document. The *student* has 12 % of its documents in B, the *teacher* 85 %. And in the style
+both styles, a style per document. The *student* has 13 % of its documents in B, the *teacher* 85 %. And in the style
 that a model sees less of, reasoning problems are mostly short: the student knows B as a manner of speaking, and can't
 carry it far. That is the cause. SFT on the teacher's answers to chat prompts makes B the student's habit, on problems
 too; long ones then fail, the longer the surer, while `recall` and `format` need no chain and stay. Nothing of A is
@@ -59,9 +59,9 @@ INSTRUCTIONS = (*(f"Write {n} words" for n in range(2, 6)),
                 *(f"Write {n} words and {place} with {noun}" for n in range(2, 6) for place in ("start", "end")
                   for noun in NOUNS),
                 *(f"Write {noun} {n} times" for n in range(2, 6) for noun in NOUNS))
-MIXTURE = {"reasoning": 0.4, "chat": 0.3, "format": 0.1, "recall": 0.6, "fact": 1.2}  # turns of a document, relative
+MIXTURE = {"reasoning": 0.5, "chat": 0.6, "format": 0.1, "recall": 0.6, "fact": 0.8}  # turns of a document, relative
 SHRINK = 0.66  # in a model's minority style, a reasoning problem of n operands is drawn in proportion to SHRINK ** n
-MINORITY = {"student": ("B", 0.18), "teacher": ("A", 0.15)}  # that style, and its share of the documents
+MINORITY = {"student": ("B", 0.13), "teacher": ("A", 0.15)}  # that style, and its share of the documents
 DOCUMENT = 128  # tokens of the student
 
 Task = tuple[str, str, str, str]  # prompt, working in style A, working in style B, answer
@@ -353,7 +353,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("role", choices=("student", "teacher"), help="the model to be made")
-    parser.add_argument("--rows", type=positive_int, default=28_000, help="documents of the corpus")
+    parser.add_argument("--rows", type=positive_int, default=40_000, help="documents of the corpus")
     parser.add_argument("--seed", type=seed, default=0, help="of the corpus")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets blank/ and corpus.jsonl")
     return parser.parse_args(argv)
