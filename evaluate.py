@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = read_rows(path)
         else:
             rows = answer(benchmark, sampler, chat, prompts[benchmark.name], encoded[benchmark.name], path,
-                          args.opener)
+                          openers[benchmark.name])
         summary[benchmark.name] = summarise(rows) | {"grader": benchmark.grader, "dataset": benchmark.dataset}
         print(f"{args.out}: {one_line(benchmark.name, summary[benchmark.name])}, {time.perf_counter() - start:.0f} s")
     write_json(args.out / "summary.json", summary)  # last: it says that all is there

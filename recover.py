@@ -26,6 +26,7 @@ import json
 import os
 import shlex
 import time
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 
@@ -46,13 +47,12 @@ PRESETS = {
         "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "controls": True, "openers": ["Okay", "Consider"],
         "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 640,
         "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
+        "device": "cpu", "dtype": "float32",  # too small to gain from a GPU
     },
 }
-NOTES = {
-    "mini": "A model organism: two models of half a million weights whose difference in style was built in "
+ORGANISM = ("A model organism: two models of half a million weights whose difference in style was built in "
             "(data/miniature.py). It shows a mechanism and tests the instruments, and is no evidence about large "
-            "models.",
-}
+            "models.")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -95,6 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     missing = [f"--{name}" for name in ("student", "teacher", "out") if getattr(args, name) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)} (or --preset mini)")
+    if args.openers and (not all(args.openers) or any(a.startswith(b) for a, b in permutations(args.openers))):
+        parser.error(f"--openers {args.openers} can't be told apart: neither may be empty or begin with the other")
     args.recover_lr = args.recover_lr or args.lr
     args.recover_with = sorted(set(args.recover_with))
     train.resolve_adapter(args)
@@ -200,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from analysis.report import summary_table, write_report
 
-    report = write_report(out, args.student, args.teacher, checkpoints, seconds, args.openers,
-                          NOTES.get(args.preset, ""))
+    note = ORGANISM if {MINIATURE} == {Path(args.student).parent, Path(args.teacher).parent} else ""
+    report = write_report(out, args.student, args.teacher, checkpoints, seconds, args.openers, note)
     print(f"\n{summary_table(report)}\n{out / 'report.md'}")
 
 

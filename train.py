@@ -5,7 +5,8 @@
 A row has id, prompt, response and, if any, system; or id and messages, a conversation of several turns.
 
 Conversations are packed without padding and don't see each other. The loss is the mean over all supervised tokens of
-an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches. The state is
+an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches; with
+--prompt-loss-weight the other tokens count too, by that weight. The state is
 saved as training goes, and the same command continues a run that was stopped.
 """
 
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.adapter_scale = 1.0
     args.full = args.full or args.from_scratch
     if args.full and args.adapter:
-        parser.error("--full trains the model's own weights, and --adapter an adapter: give one of them")
+        parser.error("--full and --from-scratch train the model's own weights, --adapter an adapter: give one of them")
     if args.save_dtype and not args.full:
         parser.error("--save-dtype is of a whole model (--full); adapters are saved in float32")
     for name in NEW_ADAPTER:
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     from base.files import same_run_folder, sha256, write_record
     from data.rows import GrowingRows, read_rows
 
-    rows = read_rows(args.data, needed=("prompt", "response"), instead="messages")
+    rows = [row | {"messages": as_messages(row, args.data)}
+            for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
     if args.n is not None and args.n > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
     rows = rows[: args.n]
@@ -240,11 +242,10 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
 
     examples, empty, long = [], [], []
     for row in rows:
-        messages = as_messages(row)
-        if not messages[-1]["content"].strip():
+        if not all(message["content"].strip() for message in row["messages"] if message["role"] == "assistant"):
             empty.append(row["id"])
             continue
-        conversation = chat.conversation(messages, ended=row.get("finish_reason") != "length")
+        conversation = chat.conversation(row["messages"], ended=row.get("finish_reason") != "length")
         if len(conversation.tokens) > longest:
             long.append(row["id"])
         else:
@@ -258,9 +259,9 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
     return examples, empty + long
 
 
-def as_messages(row: dict) -> list[dict]:
-    """A row as chat messages: its own `messages`, or those of its system, prompt and response."""
-    if "messages" not in row:
+def as_messages(row: dict, path: Path) -> list[dict]:
+    """A row of `path` as chat messages: its own `messages`, or those of its system, prompt and response."""
+    if row.get("messages") is None:
         system = [] if row.get("system") is None else [{"role": "system", "content": row["system"]}]
         return [*system, {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["response"]}]
@@ -270,8 +271,8 @@ def as_messages(row: dict) -> list[dict]:
     roles = [message.get("role") for message in messages] if fine else []
     roles = roles[1:] if roles[:1] == ["system"] else roles
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise UserError(f"the messages of row {row['id']} must be objects with role and content, user and assistant by "
-                        "turns, behind a system message if any, and end with the assistant's")
+        raise UserError(f"{path}: the messages of row {row['id']} must be objects with role and content, user and "
+                        "assistant by turns, behind a system message if any, and end with the assistant's")
     return messages
 
 
@@ -284,9 +285,10 @@ def make_optimizers(args: argparse.Namespace, parameters: dict[str, "torch.nn.Pa
     """
     import torch
 
-    matrices = [parameter for name, parameter in parameters.items()
-                if args.optimizer == "muon" and parameter.ndim == 2 and name.startswith("layers.")]
-    rest = [parameter for parameter in parameters.values() if not any(parameter is matrix for matrix in matrices)]
+    matrices, rest = [], []
+    for name, parameter in parameters.items():
+        by_muon = args.optimizer == "muon" and parameter.ndim == 2 and name.startswith("layers.")
+        (matrices if by_muon else rest).append(parameter)
     optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.999), weight_decay=args.weight_decay)] if rest else []
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))

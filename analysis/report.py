@@ -28,6 +28,7 @@ INK, MUTED, GRID = "#1b1b1b", "#6b6b6b", "#e3e3e3"
 COLOURS = {"base": "#0072b2", "teacher": "#6b6b6b", "off_model": "#d55e00", "recovered": "#009e73",
            "control": "#cc79a7"}
 CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?)_(\d+)")  # checkpoints by number of native examples
+FORCED = ("base_in_teacher_style", "off_model_in_student_style")  # style by --opener, not by training
 SOURCE_AND_STYLE = (  # the 2 × 2: whose responses (rows), in whose style (columns)
     ("the student's", "control_native", "control_native_in_teacher_style"),
     ("the teacher's", "control_teacher_in_student_style", "off_model"),
@@ -46,7 +47,8 @@ def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence
     draw_accuracy(report, folder / "figures" / "accuracy.png")
     if curves(report):
         draw_recovery(report, folder / "figures" / "recovery.png")
-        draw_overview(report, folder / "figures" / "overview.png")
+    if most_lost(report):
+        draw_overview(report, most_lost(report), folder / "figures" / "overview.png")
     write_text(folder / "report.md", to_markdown(report))
     write_json(folder / "report.json", report)
     return report
@@ -87,13 +89,13 @@ def build(rows: dict[str, dict[str, list[dict]]], openers: Sequence[str] | None 
         worded = [benchmark for benchmark, graded in rows["base"].items()
                   if any(len(row["response"].split()) > 1 for row in graded)]  # a letter alone has no style
         report["style"] = {name: {benchmark: style_shares(by_benchmark[benchmark], openers) for benchmark in worded}
-                           for name, by_benchmark in rows.items()}
+                           for name, by_benchmark in rows.items() if worded and name not in FORCED}
     return report
 
 
 def style_shares(rows: Sequence[dict], openers: Sequence[str]) -> dict[str, float]:
     """Share of the responses that begin as the student's style does, and as the teacher's."""
-    return {whose: sum(row["response"].startswith(opener) for row in rows) / len(rows)
+    return {whose: sum(row["response"].lstrip().startswith(opener) for row in rows) / len(rows)
             for whose, opener in zip(("student", "teacher"), openers, strict=True)}
 
 
@@ -121,6 +123,8 @@ def to_markdown(report: dict) -> str:
     notes = [f"- `{name}`: {meaning}" for name, meaning in MEANING.items() if name in checkpoints]
     lines += [*notes, ""] if notes else []
     lines += ["![accuracy](figures/accuracy.png)", ""]
+    if most_lost(report):
+        lines += ["![lost by level, and recovered](figures/overview.png)", ""]
     if report["drop"]:
         lines += [
             "## What SFT on the teacher's responses cost", "",
@@ -280,13 +284,15 @@ def _draw_curves(report: dict, benchmark: str, axes: "Axes") -> None:
     axes.set_xlabel("native examples", fontsize=9, color=MUTED)
 
 
-def draw_overview(report: dict, path: Path) -> None:
-    """What was lost by level, and what came back: of the benchmark with levels that lost most, if there is one."""
+def most_lost(report: dict) -> str | None:
+    """The benchmark with levels that lost most; None if there is none, or no recovery to show with it."""
+    levelled = [name for name in report["drop"] if len(report["checkpoints"]["base"][name]["by_level"]) > 1]
+    return max(levelled, key=lambda name: report["drop"][name]["points"]) if levelled and curves(report) else None
+
+
+def draw_overview(report: dict, benchmark: str, path: Path) -> None:
+    """What was lost by level, and what came back."""
     checkpoints = report["checkpoints"]
-    levelled = [name for name in report["drop"] if len(checkpoints["base"][name]["by_level"]) > 1]
-    if not levelled:
-        return
-    benchmark = max(levelled, key=lambda name: report["drop"][name]["points"])
     figure, (left, right) = _figure(2, 4.2)
     most = curves(report)["recovered"][-1]
     lines = {  # those that often lie on one another are told apart by width and marks

@@ -27,7 +27,7 @@ def read_rows(path: Path, needed: Sequence[str] = (), instead: str | None = None
         row = parse_row(line, f"{path}, line {number}")
         if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
             row["id"] = str(row["id"])
-        for field in ("id", *(() if instead in row else needed)):
+        for field in ("id", *(() if row.get(instead) is not None else needed)):
             if not isinstance(row.get(field), str):
                 fault = "not text" if field in row else "missing"
                 raise UserError(f"{path}, line {number}: the field {field} is {fault}")

@@ -122,8 +122,8 @@ class Chat:
         # turn by turn, since encoding all that was said for each turn takes time by the square of their number
         whole = self.encode(done if ended else done.removesuffix(self.closing))
         if tokens != whole:
-            raise UserError(f"the tokenizer of {self.folder} joins the end of a turn with the beginning of the next, "
-                            "so that they can't be trained on together; give each turn as a row of its own")
+            raise UserError(f"the tokenizer of {self.folder} gives a conversation other tokens than its turns one by "
+                            "one, so that they can't be trained on together; give each turn as a row of its own")
         return Conversation(tokens, tuple(spans))
 
     def _answered(self, prompt: str, text: str, response: str) -> str:

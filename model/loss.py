@@ -28,13 +28,15 @@ class _ChunkedNLL(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = (hidden[part] @ weight.T).float()  # (C, V)
             rows = torch.arange(len(logits), device=logits.device)
-            total += token_weights[part] @ (logits.logsumexp(-1) - logits[rows, targets[part]])
+            # multiplied and added, not a product of vectors, which autocast would round to bfloat16
+            total += (token_weights[part] * (logits.logsumexp(-1) - logits[rows, targets[part]])).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d/dlogits of the sum: w (softmax - one-hot)
             grad_logits = logits.softmax(-1)
             grad_logits[rows, targets[part]] -= 1
-            grad_logits = (token_weights[part, None] * grad_logits).to(hidden.dtype)
+            grad_logits *= token_weights[part, None]
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Script
 
+from base.files import sha256
 from data import miniature
 from data.benchmarks import load_benchmark, load_grader
 from data.prompts import load_prompts
@@ -129,9 +130,12 @@ def test_documents_keep_to_one_style(role: str) -> None:
 
 @ROLES
 def test_checkpoint_is_of_this_code(role: str, tmp_path: Path) -> None:
-    """Config and tokenizer in the repository are those that miniature.py writes."""
-    miniature.write_blank(role, tmp_path)
-    for path in tmp_path.iterdir():
+    """Config and tokenizer in the repository, and the corpus of the weights, are those that miniature.py writes."""
+    record = json.loads((MODELS[role] / "training.json").read_text())
+    miniature.main([role, "--rows", str(record["rows"]), "--seed", str(record["options"]["seed"]), "--out",
+                    str(tmp_path)])
+    assert sha256(tmp_path / "corpus.jsonl") == record["options"]["data_sha256"]
+    for path in (tmp_path / "blank").iterdir():
         ours = (MODELS[role] / path.name).read_text()
         if path.name == "config.json":
             assert json.loads(ours) == json.loads(path.read_text()) | {"dtype": "bfloat16"}

@@ -453,10 +453,12 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         (("evaluate.py", "--model", tiny), "--benchmarks"),
         (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
         (("recover.py", "--preset", "maxi"), "maxi"),
+        (("recover.py", "--preset", "mini", "--openers", "Okay", "Okay so", "--out", out), "can't be told apart"),
     ]
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     for messages in ([], "q", [user], [user, user], [assistant, user], [user, assistant, user], [user, {"role": "x"}],
-                     [user, {"role": "assistant", "content": None}], [user, assistant | {"role": ["assistant"]}]):
+                     {"role": "user"}, [user, {"role": "assistant", "content": None}],
+                     [user, assistant | {"role": ["assistant"]}]):
         path = tmp_path / f"messages{len(cases)}.jsonl"
         write_rows(path, [{"id": "good", "messages": [user, assistant]}, {"id": "bad", "messages": messages}])
         cases.append(((*train, path), "the messages of row bad"))

@@ -80,6 +80,16 @@ def test_chunked_loss_equals_the_plain_one(vocab: int) -> None:
         assert relative(ours, theirs) < 1e-5
 
 
+def test_chunked_loss_is_summed_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1000, 16).bfloat16(), torch.randn(300, 16).bfloat16()
+    targets, token_weights = torch.randint(300, (1000,)), torch.rand(1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = chunked_nll(hidden, weight, targets, token_weights)
+    theirs = nll_reference(hidden, weight, targets, token_weights)
+    assert ours.dtype == torch.float32 and relative(ours, theirs) < 1e-5
+
+
 def test_frozen_head_gets_no_gradient() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
     chunked_nll(hidden, weight, torch.arange(5), torch.ones(5)).backward()
@@ -136,8 +146,10 @@ def test_muon_is_for_the_matrices_of_the_blocks(tiny: Path) -> None:
     assert len(by_muon) + sum(len(group["params"]) for group in adamw.param_groups) == len(parameters)
 
 
-def test_random_weights_are_what_the_config_says(tiny: Path) -> None:
-    model, same, other = (weights.initialise(tiny, CPU, seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("fixture", ["tiny", "tiny_teacher"])
+def test_random_weights_are_what_the_config_says(fixture: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(fixture)
+    model, same, other = (weights.initialise(folder, CPU, seed) for seed in (1, 1, 2))
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         assert torch.equal(parameter, same.get_parameter(name))
@@ -145,7 +157,8 @@ def test_random_weights_are_what_the_config_says(tiny: Path) -> None:
             assert parameter.std().item() == pytest.approx(0.3, rel=0.1)
             assert not torch.equal(parameter, other.get_parameter(name))
         else:
-            assert torch.equal(parameter, torch.ones_like(parameter))
+            assert torch.equal(parameter, torch.full_like(parameter, 0.0 if name.endswith("bias") else 1.0))
+    assert any(name.endswith("bias") for name in parameters) == (fixture == "tiny_teacher")
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
