@@ -45,7 +45,7 @@ PRESETS = {
         "student": str(MINIATURE / "student"), "teacher": str(MINIATURE / "teacher"), "prompts": "mini",
         "n_train": 384, "benchmarks": ["reasoning", "recall", "format"], "n": 500, "max_new_tokens": 128,
         "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "controls": True, "openers": ["Okay", "Consider"],
-        "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 640,
+        "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 448,
         "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
         "device": "cpu", "dtype": "float32",  # too small to gain from a GPU
     },
