@@ -12,9 +12,9 @@ generate.py, train.py or evaluate.py, printed as it starts, that can be run by h
     native.jsonl     the student's own responses to the prompts behind them
     off_model/       the student fine-tuned on teacher.jsonl
     recovered/N/     off_model fine-tuned further on the first N rows of native.jsonl
-    recovered_in_S_steps/N/                  the same in --recover-steps S for every N
-    controls/        native/ native_in_teacher_style/ teacher_in_student_style/ more_teacher/, with --controls
-    evals/…          base, teacher, off_model, recovered_N, control_… and, with --openers, …_in_…_style
+    recovered_in_S_steps/N/   with --recover-steps S: the same in S steps, whatever N
+    controls/        with --controls: responses and adapters of the controls
+    evals/…          base, teacher, off_model, recovered_…, control_… and, with --openers, …_in_…_style
     report.md        with report.json and figures/
 
 A stage that is done is not run again; the same command continues an experiment that was stopped.
@@ -37,7 +37,8 @@ from base.errors import run_script
 from base.options import Parser, device_options, number, positive_int, temperature
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
-TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "seed", "micro_batch_tokens", "save_every")
+TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
+            "micro_batch_tokens", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
 MINIATURE = Path(os.path.relpath(Path(__file__).resolve().parent / "miniature"))
 PRESETS = {
@@ -69,11 +70,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recover-with", type=positive_int, nargs="+", default=[8, 32, 128], metavar="N",
                         help="numbers of native examples, a recovered checkpoint each")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False,
-                        help="also SFT on native data, noise, more teacher data")
+                        help="also SFT on native data, noise, more teacher data; with --openers the 2 × 2 of source "
+                        "and style")
     parser.add_argument("--openers", nargs=2, metavar=("STUDENT", "TEACHER"),
-                        help="what responses in the student's and in the teacher's style begin with: base and off-model"
-                        " student are evaluated with the other one forced, and --controls has the 2 × 2 of source and "
-                        "style")
+                        help="what responses in the student's and in the teacher's style begin with: the student is "
+                        "also evaluated with the teacher's forced, and off-model with its own")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
     parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")

@@ -6,8 +6,8 @@ A row has id, prompt, response and, if any, system; or id and messages, a conver
 
 Conversations are packed without padding and don't see each other. The loss is the mean over all supervised tokens of
 an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches; with
---prompt-loss-weight the other tokens count too, by that weight. The state is
-saved as training goes, and the same command continues a run that was stopped.
+--prompt-loss-weight the other tokens count too, by that weight. The state is saved as training goes, and the same
+command continues a run that was stopped.
 """
 
 import argparse

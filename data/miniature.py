@@ -330,7 +330,8 @@ def _write_piece_tokenizer(folder: Path) -> tuple[int, int]:
     """The teacher's: BPE that counts the blank before a word to the word, as SentencePiece does; size and end id.
 
     The mark behind the role makes the first word of a response the same token as elsewhere. (With byte-level BPE and
-    ChatML it was another one, and the teacher did not learn to find its answer among the options.)
+    ChatML it was another one, and the teacher did not learn to find its answer among the options.) In transformers,
+    `PreTrainedTokenizerFast` loads it; `AutoTokenizer` would put Qwen's own pre-tokenizer in its place.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -170,7 +170,8 @@ def test_checkpoint_equals_transformers(role: str) -> None:
 
     messages = next(miniature.documents(role, 1, seed=1))
     chat = Chat(MODELS[role], read_config(MODELS[role]))
-    theirs = transformers.AutoTokenizer.from_pretrained(MODELS[role])
+    # not AutoTokenizer, which takes Qwen's own pre-tokenizer for every Qwen2 model, whatever tokenizer.json says
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS[role])
     assert chat.conversation(messages).tokens == theirs.apply_chat_template(messages, return_dict=False)
     ours = weights.load(MODELS[role], torch.device("cpu"), torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(MODELS[role], dtype=torch.float32)

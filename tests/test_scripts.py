@@ -1,5 +1,6 @@
 """The scripts as a user runs them, on tiny models: whole runs, taken up again after a kill, and on bad input."""
 
+import argparse
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, Finished, Script, build_model, run_process
 
+import recover
+import train
 from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.chat import Chat
@@ -195,6 +198,14 @@ def test_training_from_scratch_on_conversations(script: Script, tiny: Path, tmp_
     saved = read_tensors(tmp_path / "new" / "model.safetensors").values()
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_recover_hands_every_training_option_on() -> None:
+    """One that was not would be taken, recorded, and without effect."""
+    parser = argparse.ArgumentParser()
+    train.training_options(parser)
+    by_stage = {"lr", "epochs", "steps", "batch_tokens"}  # recovery has its own
+    assert set(vars(parser.parse_args([]))) == set(recover.TRAINING) | set(train.NEW_ADAPTER) | by_stage
 
 
 def test_an_opener_is_part_of_the_response(script: Script, tiny: Path, prompts: Path, problems: Path,
