@@ -152,5 +152,5 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     path.write_text('{"id": "a", "prompt": "  "}')
     with pytest.raises(UserError, match="empty"):
         load_prompts(str(path))
-    with pytest.raises(UserError, match="neither 'alpaca' nor a file"):
+    with pytest.raises(UserError, match="neither 'alpaca', 'mini' nor a file"):
         load_prompts("alpacca")
