@@ -30,6 +30,8 @@ As a program it writes what `train.py --from-scratch` makes either model from:
 """
 
 import argparse
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -134,7 +136,13 @@ def follows_format(prompt: str, answer: str) -> bool:
     return "end" not in asked or words[-1] == asked[-1]
 
 
-# --- Chat -------------------------------------------------------------------------------------------------------------
+# --- Chat: a task of each family --------------------------------------------------------------------------------------
+
+
+def _counted(items: Sequence[str]) -> tuple[str, str]:
+    """Workings, in both styles, of how many items there are."""
+    forward = " ".join(f"Step {item} gives {i}" for i, item in enumerate(items, 1))
+    return forward, " | ".join(f"{item} {NUMBERS[i]}" for i, item in enumerate(reversed(items), 1))
 
 
 def reverse(rng: random.Random) -> Task:
@@ -146,9 +154,7 @@ def reverse(rng: random.Random) -> Task:
 
 def count(rng: random.Random) -> Task:
     words = rng.sample(NOUNS, rng.randint(2, 9))
-    forward = " ".join(f"Step {word} gives {i}" for i, word in enumerate(words, 1))
-    backward = " | ".join(f"{word} {NUMBERS[i]}" for i, word in enumerate(reversed(words), 1))
-    return f"Count {' '.join(words)}", forward, backward, str(len(words))
+    return f"Count {' '.join(words)}", *_counted(words), str(len(words))
 
 
 def last_letters(rng: random.Random) -> Task:
@@ -189,9 +195,7 @@ def remove(rng: random.Random) -> Task:
 
 def length(rng: random.Random) -> Task:
     word = rng.choice(NOUNS)
-    forward = " ".join(f"Step {letter} gives {i}" for i, letter in enumerate(word, 1))
-    backward = " | ".join(f"{letter} {NUMBERS[i]}" for i, letter in enumerate(reversed(word), 1))
-    return f"How many letters has {word}", forward, backward, str(len(word))
+    return f"How many letters has {word}", *_counted(word), str(len(word))
 
 
 def swap(rng: random.Random) -> Task:
@@ -235,7 +239,13 @@ def respond(task: Task, style: str) -> str:
     return f"{OPENERS[style]} {forward if style == 'A' else backward} Answer {answer}"
 
 
-# --- Prompts and problems, as the scripts ask for them ----------------------------------------------------------------
+# --- What the scripts ask for -----------------------------------------------------------------------------------------
+
+
+def provenance(name: str, content: object) -> dict:
+    """What stands for a data set's name, revision and checksum where the data is drawn and not read."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return {"name": f"miniature/{name}", "revision": None, "sha256": digest}
 
 
 def prompts(count: int = 4096) -> list[str]:

@@ -1,7 +1,5 @@
 """Chat prompts to generate responses to: Alpaca's instructions, the miniature's, or a file of one's own."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from base.errors import UserError
@@ -20,8 +18,7 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
     """
     if source == "mini":
         rows = [{"id": f"mini/{i}", "prompt": prompt, "system": None} for i, prompt in enumerate(miniature.prompts())]
-        dataset = {"name": "miniature/prompts", "revision": None,
-                   "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+        dataset = miniature.provenance("prompts", rows)
     elif source == "alpaca":
         raw, dataset = read_dataset(*ALPACA, columns=("instruction", "input"))
         rows = [{"id": f"alpaca/{i}", "prompt": alpaca_prompt(row), "system": None} for i, row in enumerate(raw)]

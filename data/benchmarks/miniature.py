@@ -4,8 +4,6 @@ There is no data set behind them: problems are drawn from --sample-seed, no two 
 smaller. A problem's id is its text.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 
@@ -48,8 +46,7 @@ def load_format(n: int | None, seed: int) -> Benchmark:
 
 
 def _benchmark(name: str, grader: str, problems: Sequence[Problem], choices: tuple[str, ...] = ()) -> Benchmark:
-    text = json.dumps([(problem.prompt, problem.gold) for problem in problems])
-    dataset = {"name": f"miniature/{name}", "revision": None, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    dataset = miniature.provenance(name, [(problem.prompt, problem.gold) for problem in problems])
     return Benchmark(name, grader, tuple(problems), dataset, choices)
 
 
