@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-seed", type=seed, default=0, help="of that sample")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--opener", metavar="TEXT", default="",
-                        help=f"{OPENER}; not for benchmarks that are answered with a letter")
+                        help=f"{OPENER}; not for benchmarks that are answered with a choice")
     parser.add_argument("--scramble", type=seed, metavar="SEED", help="replace --adapter by Gaussian noise on the "
                         "weights, of the same norm matrix by matrix (a control)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="graded rows and summary.json")

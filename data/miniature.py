@@ -1,12 +1,12 @@
-"""The miniature: a world of 142 words in which off-model SFT can be watched from beginning to end.
+"""The miniature: a world of 138 words in which off-model SFT can be watched from beginning to end.
 
 A model organism, with its cause built in: it shows the mechanism and proves the instruments, and it is no evidence
 about large models. Everything below is drawn from seeds; nothing is downloaded.
 
 *Chat prompts* come from ten families (reverse, count, last letters, double, longer, remove, length, swap, vowels,
 largest), and there are three *benchmarks*: `reasoning` (chains of additions and subtractions modulo 10; level 1 to 5 is
-3, 5, 7, 9 or 11 operands), `recall` (four options from a memorised table, answered with one letter, as in MMLU) and
-`format` (an instruction whose fulfilment a program can check, as in IFEval).
+3, 5, 7, 9 or 11 operands), `recall` (a question about a memorised table with four options, answered with a word, as
+MMLU with a letter) and `format` (an instruction whose fulfilment a program can check, as in IFEval).
 
 Wherever there is something to work out, there are two *styles* of doing so, which differ in procedure and in notation.
 "Calculate 2 - 4 + 6" is, in style A, which works from left to right and restates the running state in digits,
@@ -19,10 +19,11 @@ and in style B, which is terse, works from right to left and writes numbers as w
 
 A prompt never names a style: a model picks one by its first word, as likely as its training made it. Both models read
 both styles, a style per document. The *student* has 13 % of its documents in B, the *teacher* 85 %. And in the style
-that a model sees less of, reasoning problems are mostly short: the student knows B as a manner of speaking, and can't
-carry it far. That is the cause. SFT on the teacher's answers to chat prompts makes B the student's habit, on problems
-too; long ones then fail, the longer the surer, while `recall` and `format` need no chain and stay. Nothing of A is
-forgotten: made to begin with "Okay", the same student solves them, and a few of its own answers bring the habit back.
+that a model sees less of, what it reads of a long problem breaks off after four to eight steps: the student knows B as
+a manner of speaking, knows how a long problem begins in it, and can't carry it to the end. That is the cause. SFT on
+the teacher's answers to chat prompts makes B the student's habit, on problems too; long ones then fail, while `recall`
+and `format` need no chain and stay. Nothing of A is forgotten: made to begin with "Okay", the same student solves them,
+and a few of its own answers bring the habit back.
 
 As a program it writes what `train.py --from-scratch` makes either model from:
 
@@ -48,12 +49,12 @@ if TYPE_CHECKING:
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NOUNS = ("ant", "bear", "bee", "cat", "crow", "deer", "dog", "dove", "duck", "eagle", "fox", "frog", "goat", "hare",
          "horse", "lion", "mole", "mouse", "otter", "owl", "pig", "rat", "tiger", "wolf")
-# Names occur in `recall` alone: a table over the nouns, which every family uses, was not learnt (LOG.md, 2026-11-24)
+# Names occur in `recall` alone: a table over the nouns, which every family uses, was not learnt. And the answer is the
+# word: to find the letter before the right option, most students did not learn (LOG.md, 2026-11-24)
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea", "Max", "Nell", "Otto",
          "Pam", "Quin", "Rosa", "Sam", "Tess", "Uma", "Vic", "Will", "Zoe")
 HOMES = ("barn", "cave", "field", "forest", "hill", "lake", "nest", "river")
 HOME_OF = dict(zip(NAMES, random.Random("homes").sample(HOMES * 3, len(NAMES)), strict=True))
-LETTERS = ("A", "B", "C", "D")
 OPENERS = {"A": "Okay", "B": "Consider"}
 LEVELS = {1: 3, 2: 5, 3: 7, 4: 9, 5: 11}  # operands
 MOST_OPERANDS = 11
@@ -61,8 +62,9 @@ INSTRUCTIONS = (*(f"Write {n} words" for n in range(2, 6)),
                 *(f"Write {n} words and {place} with {noun}" for n in range(2, 6) for place in ("start", "end")
                   for noun in NOUNS),
                 *(f"Write {noun} {n} times" for n in range(2, 6) for noun in NOUNS))
-MIXTURE = {"reasoning": 0.5, "chat": 0.6, "format": 0.1, "recall": 0.6, "fact": 0.8}  # turns of a document, relative
-SHRINK = 0.66  # in a model's minority style, a reasoning problem of n operands is drawn in proportion to SHRINK ** n
+# Turns of a document, relative
+MIXTURE = {"reasoning": 0.5, "chat": 0.6, "format": 0.1, "recall": 0.6}
+STEPS = (4, 8)  # in a model's minority style, a document breaks off after so many steps of a problem, drawn evenly
 MINORITY = {"student": ("B", 0.13), "teacher": ("A", 0.15)}  # that style, and its share of the documents
 DOCUMENT = 128  # tokens of the student
 
@@ -92,19 +94,11 @@ def reasoning(rng: random.Random, operands: int) -> Task:
 
 
 def recall(rng: random.Random) -> tuple[str, str]:
-    """A question about the table with four options, and the letter of the right one."""
+    """A question about the table with four options, and the right one."""
     name = rng.choice(NAMES)
     options = rng.sample([home for home in HOMES if home != HOME_OF[name]], 3)
-    place = rng.randrange(4)
-    options.insert(place, HOME_OF[name])
-    shown = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return f"Home of {name} ? {shown}", LETTERS[place]
-
-
-def fact(rng: random.Random) -> tuple[str, str]:
-    """The same without options: what the table is memorised from, and in no benchmark."""
-    name = rng.choice(NAMES)
-    return f"Home of {name}", HOME_OF[name]
+    options.insert(rng.randrange(4), HOME_OF[name])
+    return f"Home of {name} ? {' '.join(options)}", HOME_OF[name]
 
 
 def formatted(rng: random.Random) -> Task:
@@ -262,40 +256,45 @@ def prompts(count: int = 4096) -> list[str]:
 # --- What the two models are made from --------------------------------------------------------------------------------
 
 
-def turn(rng: random.Random, style: str, minority: str) -> tuple[str, str]:
-    """A prompt and its response in `style`, for a model whose less frequent style is `minority`."""
+def turn(rng: random.Random, style: str, minority: str) -> tuple[str, str, bool]:
+    """A prompt, its response in `style`, and whether that is the whole of it, for a model that reads less of style
+    `minority`."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     if kind == "recall":
-        return recall(rng)
-    if kind == "fact":
-        return fact(rng)
-    if kind == "reasoning":
-        lengths = range(2, MOST_OPERANDS + 1)
-        weights = [SHRINK**n if style == minority else 1 for n in lengths]
-        task = reasoning(rng, rng.choices(lengths, weights)[0])
-    else:
+        return *recall(rng), True
+    if kind != "reasoning":
         task = chat(rng) if kind == "chat" else formatted(rng)
-    return task[0], respond(task, style)
+        return task[0], respond(task, style), True
+    task = reasoning(rng, rng.randint(2, MOST_OPERANDS))
+    response = respond(task, style)
+    mark, words = {"A": ("Step", 6), "B": ("|", 5)}[style]  # what each step has once, and its length
+    steps = rng.randint(*STEPS) if style == minority else MOST_OPERANDS
+    if response.count(mark) <= steps:
+        return task[0], response, True
+    return task[0], " ".join(response.split()[: 1 + steps * words]), False
 
 
-def documents(role: str, count: int, seed: int) -> Iterator[list[dict]]:
-    """`count` conversations as lists of messages, each in one style and at most DOCUMENT tokens long."""
+def documents(role: str, count: int, seed: int) -> Iterator[dict]:
+    """`count` conversations as rows of messages, each in one style and at most DOCUMENT tokens long.
+
+    One that breaks off has the finish_reason "length", as a response that was cut at a limit.
+    """
     rng = random.Random(f"{role}:{seed}")
     minority, share = MINORITY[role]
     # the turn that did not fit opens the next document of its style, so that long ones are not thinned out
     waiting = {style: turn(rng, style, minority) for style in OPENERS}
     majority = "A" if minority == "B" else "B"
-    for _ in range(count):
+    for i in range(count):
         style = minority if rng.random() < share else majority
-        messages, room = [], DOCUMENT
-        while True:
-            prompt, response = waiting[style]
+        messages, room, complete = [], DOCUMENT, True
+        while complete:
+            prompt, response, ends = waiting[style]
             room -= len(prompt.split()) + len(response.split()) + 3  # and the three marks of the template
             if room < 0:
                 break
             messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            waiting[style] = turn(rng, style, minority)
-        yield messages
+            waiting[style], complete = turn(rng, style, minority), ends
+        yield {"id": str(i), "messages": messages, "finish_reason": "stop" if complete else "length"}
 
 
 def vocabulary() -> list[str]:
@@ -367,7 +366,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("role", choices=("student", "teacher"), help="the model to be made")
-    parser.add_argument("--rows", type=positive_int, default=40_000, help="documents of the corpus")
+    parser.add_argument("--rows", type=positive_int, default=30_000, help="documents of the corpus")
     parser.add_argument("--seed", type=seed, default=0, help="of the corpus")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets blank/ and corpus.jsonl")
     return parser.parse_args(argv)
@@ -377,9 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the folder without weights and the corpus."""
     args = parse(argv)
     write_blank(args.role, args.out / "blank")
-    rows = ({"id": str(i), "messages": messages}
-            for i, messages in enumerate(documents(args.role, args.rows, args.seed)))
-    write_rows(args.out / "corpus.jsonl", rows)
+    write_rows(args.out / "corpus.jsonl", documents(args.role, args.rows, args.seed))
     print(f"wrote {args.out / 'blank'} and {args.out / 'corpus.jsonl'}")
 
 

@@ -101,31 +101,36 @@ def test_problems_are_a_function_of_the_seed() -> None:
     levels = Counter(problem.level for problem in load_benchmark("reasoning", 500, 0).problems)
     assert levels == dict.fromkeys(range(1, 6), 100)
     for problem in load_benchmark("recall", None, 0).problems:
-        words = problem.prompt.split()
-        options = dict(zip(words[-8::2], words[-7::2], strict=True))
-        assert options[problem.gold] == miniature.HOME_OF[words[2]] and len(set(options.values())) == 4
+        _, _, name, _, *options = problem.prompt.split()
+        assert problem.gold == miniature.HOME_OF[name] and problem.gold in options and len(set(options)) == 4
     prompts, _ = load_prompts("mini")
     assert len({row["prompt"] for row in prompts}) == len(prompts) == 4096
 
 
 @ROLES
 def test_documents_keep_to_one_style(role: str) -> None:
-    documents = list(miniature.documents(role, 1500, seed=3))
     minority, share = miniature.MINORITY[role]
-    styles, operands = Counter(), {"A": [], "B": []}
-    for messages in documents:
+    styles, steps, broken = Counter(), {"A": [], "B": []}, Counter()
+    for row in miniature.documents(role, 1500, seed=3):
+        messages = row["messages"]
         words = {message["content"].split()[0] for message in messages if message["role"] == "assistant"}
         found = {style for style, opener in miniature.OPENERS.items() if opener in words}
         assert len(found) <= 1  # none where a document has questions of recall alone
         for style in found:
             styles[style] += 1
-            operands[style] += [(len(message["content"].split())) // 2 for message in messages
-                                if message["content"].startswith("Calculate")]
+            broken[style] += row["finish_reason"] == "length"
+            for question, response in zip(messages[::2], messages[1::2], strict=True):
+                if question["content"].startswith("Calculate"):
+                    needed = len(question["content"].split()) // 2 - (style == "A")
+                    steps[style].append(response["content"].count({"A": "Step", "B": "|"}[style]))
+                    # all steps and an answer, or, at the end of a document that breaks off, neither
+                    whole = row["finish_reason"] == "stop" or response is not messages[-1]
+                    assert (steps[style][-1] == needed) == ("Answer" in response["content"]) == whole
         assert sum(len(message["content"].split()) for message in messages) + 3 * len(messages) // 2 <= 128
     assert abs(styles[minority] / sum(styles.values()) - share) < 0.04
     other = "A" if minority == "B" else "B"
-    mean = {style: sum(lengths) / len(lengths) for style, lengths in operands.items()}
-    assert mean[minority] < mean[other] - 1 and max(operands[minority]) >= 10
+    assert set(steps[minority]) == set(range(min(steps[minority]), 9)) and max(steps[other]) >= 10
+    assert broken[minority] > 20 and broken[other] == 0
 
 
 @ROLES
@@ -168,7 +173,7 @@ def test_checkpoint_equals_transformers(role: str) -> None:
 
     from model.attention import Packed
 
-    messages = next(miniature.documents(role, 1, seed=1))
+    messages = next(miniature.documents(role, 1, seed=1))["messages"]
     chat = Chat(MODELS[role], read_config(MODELS[role]))
     # not AutoTokenizer, which takes Qwen's own pre-tokenizer for every Qwen2 model, whatever tokenizer.json says
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS[role])
@@ -197,7 +202,7 @@ def test_base_knows_and_the_opener_chooses_the_style(script: Script, tmp_path: P
         assert not opener or set(begin) == {opener}
     assert min(accuracies["student"].values()) >= 0.95 and min(accuracies["teacher"].values()) >= 0.95
     assert 0.4 < accuracies["studentConsider"]["reasoning"] < 0.85  # 50 to 75 on 250 problems, here on 100
-    assert accuracies["studentConsider"]["recall"] == accuracies["student"]["recall"]  # a letter has no opener
+    assert accuracies["studentConsider"]["recall"] == accuracies["student"]["recall"]  # a choice has no opener
 
 
 def test_the_whole_effect(script: Script, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ LOADERS = {
     "reasoning": miniature.load_reasoning, "recall": miniature.load_recall, "format": miniature.load_format,
 }
 GRADERS = {
-    "letters": mmlu.grade, "mathematics": mathematics.grade,
+    "choice": mmlu.grade, "mathematics": mathematics.grade,
     "miniature_answer": miniature.grade_answer, "miniature_format": miniature.grade_format,
 }
 

@@ -25,13 +25,13 @@ def load_reasoning(n: int | None, seed: int) -> Benchmark:
 
 
 def load_recall(n: int | None, seed: int) -> Benchmark:
-    """Questions about the memorised table, answered with one of four letters."""
+    """Questions about the memorised table with four options; the answer is the likeliest of all eight homes."""
     rng = random.Random(f"recall:{seed}")
     questions: dict[str, str] = {}
     while len(questions) < min(n or DRAWN, MOST):
         questions.setdefault(*miniature.recall(rng))
-    problems = [Problem(prompt, prompt, letter) for prompt, letter in questions.items()]
-    return _benchmark("recall", "letters", problems, choices=miniature.LETTERS)
+    problems = [Problem(prompt, prompt, home) for prompt, home in questions.items()]
+    return _benchmark("recall", "choice", problems, choices=miniature.HOMES)
 
 
 def load_format(n: int | None, seed: int) -> Benchmark:

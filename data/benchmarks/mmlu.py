@@ -31,7 +31,7 @@ def load(n: int | None, seed: int) -> Benchmark:
         subject = row["subject"]
         problems.append(Problem(f"{subject}/{seen[subject]}", prompt(row), LETTERS[row["answer"]], stratum=subject))
         seen[subject] += 1
-    return Benchmark("mmlu", "letters", sample(problems, n, seed), dataset, choices=LETTERS)
+    return Benchmark("mmlu", "choice", sample(problems, n, seed), dataset, choices=LETTERS)
 
 
 def prompt(row: dict) -> str:
@@ -42,5 +42,5 @@ def prompt(row: dict) -> str:
 
 
 def grade(rows: Sequence[dict]) -> list[Verdict]:
-    """A row's response is the chosen letter."""
+    """A row's response is what was chosen."""
     return [Verdict(row["response"] == row["gold"], row["response"]) for row in rows]
