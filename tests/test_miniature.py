@@ -201,7 +201,7 @@ def test_base_knows_and_the_opener_chooses_the_style(script: Script, tmp_path: P
         assert begin.most_common(1)[0][0] == (opener or {"student": "Okay", "teacher": "Consider"}[role])
         assert not opener or set(begin) == {opener}
     assert min(accuracies["student"].values()) >= 0.95 and min(accuracies["teacher"].values()) >= 0.95
-    assert 0.4 < accuracies["studentConsider"]["reasoning"] < 0.85  # 50 to 75 on 250 problems, here on 100
+    assert 0.5 < accuracies["studentConsider"]["reasoning"] < 0.75
     assert accuracies["studentConsider"]["recall"] == accuracies["student"]["recall"]  # a choice has no opener
 
 
