@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                                 for problem in benchmark.problems] for benchmark in benchmarks}
     openers = {benchmark.name: "" if benchmark.choices else args.opener for benchmark in benchmarks}
     encoded = {name: encode_prompts(sampler, chat, rows, openers[name]) for name, rows in prompts.items()}
-    write_record(record, options, {"adapter": args.adapter})
+    write_record(record, options, {"adapter": args.adapter, "template_sha256": chat.template_sha256})
     summary = {}
     for benchmark in benchmarks:
         start = time.perf_counter()
@@ -127,7 +127,7 @@ def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: li
             row = rows.rows[problem.id]
             answered.append({"id": problem.id, "correct": None, "response": row["response"], "extracted": None,
                              "gold": problem.gold, "finish_reason": row["finish_reason"], "level": problem.level,
-                             "prompt": problem.prompt})
+                             **problem.fields, "prompt": problem.prompt})
         graded = grade(answered, benchmark.grader)
         rows.finish(graded)
     return graded
@@ -138,8 +138,9 @@ def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[d
     """The likeliest of the benchmark's choices as first token of the response: one prefill, nothing sampled."""
     from tqdm import tqdm
 
-    from model.sampler import score_next
+    from model.sampler import common_prefix, score_next
 
+    prefix = common_prefix(list(encoded.values()))  # of all, not of what is left to do: a row is the same after a stop
     todo = [row for row in prompts if row["id"] not in rows.rows]
     bar = tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc=benchmark.name, unit="row", disable=None)
     with bar as progress:
@@ -151,7 +152,7 @@ def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[d
             if len(set(tokens)) < len(tokens):
                 raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart by "
                                 "their first token")
-            scores = score_next(model, [encoded[row["id"]] for row in part], tokens)
+            scores = score_next(model, [encoded[row["id"]] for row in part], tokens, prefix)
             if not scores.isfinite().all():
                 raise UserError(f"the model's output for {benchmark.name} is not finite: its weights or its adapter "
                                 "are damaged")
@@ -166,7 +167,7 @@ def grade(rows: list[dict], grader: str) -> list[dict]:
     from data.benchmarks import load_grader
 
     verdicts = load_grader(grader)(rows)
-    return [row | {"correct": verdict.correct, "extracted": verdict.extracted, "note": verdict.note}
+    return [row | {"correct": verdict.correct, "extracted": verdict.extracted, "note": verdict.note, **verdict.fields}
             for row, verdict in zip(rows, verdicts, strict=True)]
 
 

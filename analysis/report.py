@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.statistics import paired_difference, summarise
-from base.errors import UserError
+from analysis.compare import check_same_problems
+from analysis.statistics import compare_rows, summarise
 from base.files import read_json, whole, write_json, write_text
 from data.rows import read_rows
 
@@ -61,9 +61,7 @@ def read_evaluations(folder: Path, checkpoints: Sequence[str]) -> dict[str, dict
     first = checkpoints[0]
     for name in checkpoints:
         for benchmark, first_rows in rows[first].items():
-            ids = [row["id"] for row in rows[name].get(benchmark, [])]
-            if ids != [row["id"] for row in first_rows]:
-                raise UserError(f"{folder / name} and {folder / first} are not on the same {benchmark} problems")
+            check_same_problems(benchmark, folder / first, first_rows, folder / name, rows[name].get(benchmark, []))
     return rows
 
 
@@ -72,12 +70,9 @@ def build(rows: dict[str, dict[str, list[dict]]], openers: Sequence[str] | None 
     checkpoints = {name: {benchmark: summarise(graded) for benchmark, graded in by_benchmark.items()}
                    for name, by_benchmark in rows.items()}
 
-    def verdicts(checkpoint: str, benchmark: str) -> list[bool]:
-        return [row["correct"] for row in rows[checkpoint][benchmark]]
-
     report = {"checkpoints": checkpoints, "drop": {}, "recovered_fraction": {}}
     for benchmark in rows["base"] if "off_model" in rows else ():
-        report["drop"][benchmark] = paired_difference(verdicts("base", benchmark), verdicts("off_model", benchmark))
+        report["drop"][benchmark] = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
         base, off = (checkpoints[name][benchmark]["correct"] for name in ("base", "off_model"))
         for curve, counts in curves(report).items():
             # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
@@ -128,9 +123,11 @@ def to_markdown(report: dict) -> str:
     if report["drop"]:
         lines += [
             "## What SFT on the teacher's responses cost", "",
-            "Points lost from base to off_model: bootstrap interval over problems, exact McNemar p. Answers that were "
-            "cut at the token limit, or in which none was found, count as wrong: the right columns say how many.", "",
-            _table(["benchmark", "lost, points", "95 %", "p", "no answer, base → off", "cut, base → off"],
+            "Points lost from base to off_model: bootstrap interval over problems, exact McNemar p. Then what became "
+            "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
+            "most are cut, a higher --max-new-tokens may show that nothing was lost.", "",
+            _table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
+                    "all cut, base → off", "all without an answer"],
                    [_drop_row(benchmark, report) for benchmark in benchmarks]),
         ]
     if curves(report):
@@ -199,7 +196,8 @@ def _drop_row(benchmark: str, report: dict) -> list[str]:
     drop = report["drop"][benchmark]
     base, off = (report["checkpoints"][name][benchmark] for name in ("base", "off_model"))
     return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", f"{drop['p']:.3g}",
-            f"{base['unparsed']} → {off['unparsed']}", f"{base['truncated']} → {off['truncated']}"]
+            *(str(drop["lost"][fate]) for fate in ("truncated", "unparsed", "wrong")), str(drop["gained"]),
+            f"{base['truncated']} → {off['truncated']}", f"{base['unparsed']} → {off['unparsed']}"]
 
 
 def _share(fraction: float | None) -> str:

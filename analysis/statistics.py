@@ -47,21 +47,58 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int =
     return {"points": 100 * (lost - gained) / n, "ci95": [float(low), float(high)], "p": mcnemar(lost, gained)}
 
 
+def compare_rows(before: Sequence[dict], after: Sequence[dict]) -> dict:
+    """`paired_difference` of graded rows on the same problems, with what became of those that were right before.
+
+    "lost" counts them by how they went wrong: "truncated" (cut at the token limit), "unparsed" (ended without an
+    answer), "wrong" (answered); "gained" are those that only the later rows got right. A style that talks past the
+    limit looks like a lost capability: where most of "lost" is truncated, evaluate again with a higher limit.
+    """
+    difference = paired_difference([row["correct"] for row in before], [row["correct"] for row in after])
+    lost = dict.fromkeys(("truncated", "unparsed", "wrong"), 0)
+    gained = 0
+    for one, other in zip(before, after, strict=True):
+        if one["correct"] and not other["correct"]:
+            lost["truncated" if other["finish_reason"] == "length" else
+                 "unparsed" if other["extracted"] is None else "wrong"] += 1
+        gained += other["correct"] and not one["correct"]
+    return difference | {"lost": lost, "gained": gained}
+
+
 def summarise(rows: Sequence[dict]) -> dict:
     """n, correct, accuracy, ci95, unparsed, truncated and by_level of graded rows (contract C3).
 
-    Truncated are those cut at the limit, unparsed those in which no answer was found; a row can be both.
+    Truncated are those cut at the limit, unparsed those in which no answer was found; a row can be both. by_subject and
+    by_category are there where rows have these, and "instructions" (IFEval's four accuracies) where they have verdicts
+    on each instruction.
     """
     correct = sum(row["correct"] for row in rows)
-    named = [None if row.get("level") is None else str(row["level"]) for row in rows]
-    levels = sorted(set(named) - {None}, key=lambda level: (len(level), level) if level.isdigit() else (99, level))
-    return {
+    summary = {
         "n": len(rows), "correct": correct, "accuracy": correct / len(rows), "ci95": list(wilson(correct, len(rows))),
         "unparsed": sum(row["extracted"] is None for row in rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows),
         "grader_timeouts": sum(row.get("note") is not None for row in rows),
-        "by_level": {level: {"n": named.count(level),
-                             "correct": sum(row["correct"] and name == level
-                                            for row, name in zip(rows, named, strict=True))}
-                     for level in levels},
+        "by_level": _count_by("level", rows),
     }
+    for field in ("subject", "category"):
+        if counts := _count_by(field, rows):
+            summary[f"by_{field}"] = counts
+    if all("strict" in row for row in rows):
+        summary["instructions"] = {
+            f"{level}_{kind}": sum(map(sum, verdicts)) / sum(map(len, verdicts))
+            for kind in ("strict", "loose")
+            for level, verdicts in (("prompt", [[all(row[kind])] for row in rows]),
+                                    ("instruction", [row[kind] for row in rows]))
+        }
+    return summary
+
+
+def _count_by(field: str, rows: Sequence[dict]) -> dict[str, dict]:
+    """n and correct of the rows with each value of a field, numbers in order."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row.get(field) is not None:
+            counts = found.setdefault(str(row[field]), {"n": 0, "correct": 0})
+            counts["n"] += 1
+            counts["correct"] += row["correct"]
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0]) if item[0].isdigit() else (99, item[0])))

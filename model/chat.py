@@ -1,5 +1,6 @@
 """Chats as token ids: a model's own tokenizer and chat template, and which tokens of a response are trained on."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Chat:
         if (folder / "special_tokens_map.json").exists():
             settings = read_json(folder / "special_tokens_map.json") | settings
         self.special = {name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None}
-        self.template = self._compile(_find_template(folder, settings))
+        source = _find_template(folder, settings)
+        self.template, self.template_sha256 = self._compile(source), hashlib.sha256(source.encode()).hexdigest()
         self.closing = self._closing()
         self.stop_ids = frozenset(config.eos_ids) | self._end_of_turn_ids(config)
         # What follows the end-of-turn token (often a newline) is the template's, and not supervised. A special token

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from model.attention import Decode, Packed, Prefill
+from model.attention import Decode, Prefill, Shared
 from model.cache import KVCache
 from model.decoder import Decoder
 
@@ -143,18 +143,20 @@ class Sampler:
                 response.finish_reason = "length"
 
 
-def _pack(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, list[int], Tensor]:
+def _pack(prompts: Sequence[Sequence[int]], device: torch.device,
+          prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor, list[int], Tensor]:
     """Prompts one behind the other: tokens (T,), positions (T,), lengths, and the place of each prompt's last token.
 
-    Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0.
+    Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0. A `prefix` comes
+    before all of them, and is not among the lengths; the prompts' positions go on from its end.
     """
     lengths = [len(prompt) for prompt in prompts]
-    last = torch.tensor(lengths).cumsum(0) - 1
+    last = len(prefix) + torch.tensor(lengths).cumsum(0) - 1
     last = torch.cat((last, last.new_zeros(-len(prompts) % GROUP)))
-    padding = -sum(lengths) % GROUP
-    tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0] * padding)
+    padding = -(len(prefix) + sum(lengths)) % GROUP
+    tokens = torch.tensor([*prefix, *(token for prompt in prompts for token in prompt)] + [0] * padding)
     lengths += [padding] * (padding > 0)
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions = torch.cat([torch.arange(len(prefix)), *(len(prefix) + torch.arange(length) for length in lengths)])
     return tokens.to(device), positions.to(device), lengths, last.to(device)
 
 
@@ -199,21 +201,30 @@ def _nucleus_cut(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 @torch.inference_mode()
-def score_next(model: Decoder, prompts: Sequence[Sequence[int]], choices: Sequence[int]) -> Tensor:
+def score_next(model: Decoder, prompts: Sequence[Sequence[int]], choices: Sequence[int], prefix: int = 0) -> Tensor:
     """Log-probabilities (len(prompts), len(choices)) of `choices` as the first token after each prompt, on the CPU.
 
-    One packed prefill for as many prompts as PREFILL_TOKENS holds; the head sees the last position of each alone.
+    One packed forward pass for as many prompts as PREFILL_TOKENS holds. The first `prefix` tokens, which all prompts
+    must share, are computed once in each; the head sees the last position of each prompt alone.
     """
     found, batch = [], []
     for i, prompt in enumerate(prompts):
-        batch.append(prompt)
+        assert list(prompt[:prefix]) == list(prompts[0][:prefix]) and len(prompt) > prefix
+        batch.append(prompt[prefix:])
         full = i + 1 == len(prompts) or sum(map(len, batch)) + len(prompts[i + 1]) > PREFILL_TOKENS
         if not full:
             continue
-        tokens, positions, lengths, last = _pack(batch, model.device)
-        hidden = model(tokens, positions, Packed(lengths))[last]  # (N, E)
+        tokens, positions, lengths, last = _pack(batch, model.device, prompts[0][:prefix])
+        hidden = model(tokens, positions, Shared(prefix, lengths))[last]  # (N, E)
         # The choices again in float32: bfloat16 logits are so coarse that the best two of four often tie
         scores = hidden.float() @ model.lm_head.weight[list(choices)].float().T  # (N, choices)
         found.append((scores - model.logits(hidden).logsumexp(-1, keepdim=True))[: len(batch)].cpu())
         batch = []
     return torch.cat(found) if found else torch.empty(0, len(choices))
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens that all prompts begin with; at least one is left to each."""
+    first, last = min(prompts), max(prompts)  # what the lexically first and last share, all between them share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(shared, min(map(len, prompts)) - 1)

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
-from data.benchmarks import mathematics, miniature, mmlu
+from data.benchmarks import ifeval, mathematics, miniature, mmlu
 from data.benchmarks.problem import Benchmark, Grader
 
 LOADERS = {
-    "mmlu": mmlu.load, "math500": mathematics.load_math500,
+    "mmlu": mmlu.load, "ifeval": ifeval.load, "math500": mathematics.load_math500,
+    "olympiads": mathematics.load_olympiads,
     "reasoning": miniature.load_reasoning, "recall": miniature.load_recall, "format": miniature.load_format,
 }
 GRADERS = {
-    "choice": mmlu.grade, "mathematics": mathematics.grade,
+    "choice": mmlu.grade, "instructions": ifeval.grade, "mathematics": mathematics.grade,
     "miniature_answer": miniature.grade_answer, "miniature_format": miniature.grade_format,
 }
 

@@ -1,126 +1,142 @@
-"""Are two mathematical answers equal? math-verify says so, in worker processes that can be killed.
+"""Graders in processes that can be killed: `judge` calls a benchmark's `check` on each item in a worker.
 
-What a model writes is hostile by accident: 9^{9^{9^9}} or a matrix 2,000 deep make a symbolic library run for years or
-take all memory. So the comparison runs in a process with a memory limit, which is killed at a time limit and replaced.
-A worker is this file, run as a program: it reads a JSON pair a line on stdin and writes a JSON verdict a line.
+What a model writes is hostile by accident. 9^{9^{9^9}} keeps a symbolic library busy for years, or takes all memory; a
+hundred thousand brackets do the same to a regular expression. So every check has a limit of processor time and of
+memory, and runs in a process that the kernel kills at either.
+
+A worker is a process that runs `serve`. It imports what the checks need and then forks a child to do them, so that the
+next child, after one was killed, costs a few milliseconds and no import. Items go in and verdicts come out as a JSON
+line each.
 """
 
+import importlib
 import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-SECONDS = 10.0  # for one comparison
-START_SECONDS = 120.0  # for a worker to import sympy, on a machine under load
+SECONDS = 2.0  # of processor time for one check; the slowest of the references takes 0.3 (LOG.md)
+ASLEEP = 30.0  # seconds of waiting for one, after which it is killed although it computes nothing
 MEMORY = 1 << 30  # bytes of address space of a worker
-SPENT = 300 << 20  # bytes that a worker may hold on to before it is replaced: sympy caches what it has seen
-LONGEST = 2_000  # characters of an answer; the longest reference of the benchmarks has about 150
+SPENT = 300 << 20  # bytes that a child may hold on to before it is replaced: sympy caches what it has seen
+
+
+def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = None) -> list:
+    """`data.benchmarks.<module>.check(*item)` of each item; None where it ran past its limits, whatever it raised.
+
+    What `check` returns comes back as JSON does: a tuple as a list.
+    """
+    items, distinct = list(items), list(dict.fromkeys(items))
+    count = min(workers or os.cpu_count() or 1, len(distinct))
+    if count == 0:
+        return []
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    with ThreadPoolExecutor(count) as pool:  # a thread does nothing but wait for its worker
+
+        def ask(item: tuple[str, ...]) -> object:
+            worker = idle.get()
+            try:
+                return worker.ask(item)
+            finally:
+                idle.put(worker)
+
+        started = []
+        try:
+            for _ in range(count):
+                started.append(_Worker(module))
+                idle.put(started[-1])
+            verdicts = dict(zip(distinct, pool.map(ask, distinct), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for worker in started:
+                worker.close()
+    return [verdicts[item] for item in items]
 
 
 class _Worker:
-    """One grading process."""
+    """A grading process, from outside."""
 
-    def __init__(self) -> None:
-        # -P: this folder stays off the module path, where its file names could hide a library's
-        self.process = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.alive = True
-        ready = self._line(START_SECONDS)
-        assert ready == b"ready\n", f"a grading process did not start ({ready!r}); try `python -c 'import math_verify'`"
+    def __init__(self, module: str) -> None:
+        program = f"from data.benchmarks import grading; grading.serve({module!r})"
+        self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[2],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def ask(self, gold: str, answer: str) -> bool | None:
-        """Whether they are equal; None if the process ran past its limits. Ask again only while it is `alive`."""
-        try:
-            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self._line(SECONDS)
-        except BrokenPipeError:
-            line = b""
-        if not line.endswith(b"\n"):
-            self.close()
-            return None
-        equal, spent = json.loads(line)
-        if spent:
-            self.close()
-        return equal
-
-    def _line(self, seconds: float) -> bytes:
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline() if ready else b""
+    def ask(self, item: tuple[str, ...]) -> object:
+        print(json.dumps(item), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, "a grading process ended; it has said why above"
+        return json.loads(line)
 
     def close(self) -> None:
-        """Kill the process."""
-        self.alive = False
-        self.process.kill()
-        self.process.communicate()
+        self.process.stdin.close()  # on which it ends
+        self.process.wait()
+        self.process.stdout.close()
 
 
-def equal_answers(pairs: Sequence[tuple[str, str]], workers: int | None = None) -> list[bool | None]:
-    """For each (gold, answer) in LaTeX whether they are equal; None where the comparison ran past its limits."""
-    if not pairs:
-        return []
-    count = min(workers or os.cpu_count() or 1, len(pairs))
-    idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
-    for _ in range(count):
-        idle.put(None)  # a place for a worker; the process is started when it is first needed
-
-    def grade(pair: tuple[str, str]) -> bool | None:
-        gold, answer = pair
-        if gold.strip() == answer.strip():
-            return True  # and no need to ask: a reference that math-verify can't parse equals itself
-        if len(answer) > LONGEST:
-            return False
-        worker = idle.get()
-        try:
-            worker = worker or _Worker()
-            return worker.ask(gold, answer)
-        finally:
-            idle.put(worker if worker and worker.alive else None)
-
-    with ThreadPoolExecutor(count) as pool:
-        try:
-            return list(pool.map(grade, pairs))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            for worker in (idle.get() for _ in range(count)):
-                if worker is not None:
-                    worker.close()
-
-
-def _serve() -> None:
-    """A worker's life: limit the memory, import, then answer line by line."""
+def serve(module: str) -> None:
+    """A worker's life: load what the checks need, then hand each line to a child, and start another if it died."""
     import resource
-    import signal
 
+    benchmark = importlib.import_module(f"data.benchmarks.{module}")
+    benchmark.check(*benchmark.EXAMPLE)  # once here, so that libraries and their tables are there in every child
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)
-    print("ready", flush=True)
+    child = None
     for line in sys.stdin:
-        gold, answer = json.loads(line)
-        # The parent holds the clock; this ends a worker whose parent was killed. math-verify's own time limit would
-        # raise in the middle of sympy, and is off.
-        signal.alarm(int(3 * SECONDS))
+        child = child or _Child(benchmark.check)
+        answer = child.ask(line)
+        verdict, spent = json.loads(answer) if answer else (None, True)
+        print(json.dumps(verdict), flush=True)
+        if spent:
+            child.close()
+            child = None
+
+
+class _Child:
+    """A fork of the worker that does the checks, and may die of one."""
+
+    def __init__(self, check: Callable) -> None:
+        lines_out, lines_in = os.pipe(), os.pipe()
+        self.id = os.fork()
+        if self.id == 0:
+            os.close(lines_out[1])
+            os.close(lines_in[0])
+            _check_lines(check, os.fdopen(lines_out[0]), os.fdopen(lines_in[1], "w"))
+        os.close(lines_out[0])
+        os.close(lines_in[1])
+        self.input, self.output = os.fdopen(lines_out[1], "w"), os.fdopen(lines_in[0])
+
+    def ask(self, line: str) -> str:
+        """The verdict's line; an empty one if the child has died of it, or sleeps."""
+        self.input.write(line)
+        self.input.flush()
+        ready, _, _ = select.select([self.output], [], [], ASLEEP)
+        return self.output.readline() if ready else ""
+
+    def close(self) -> None:
+        os.kill(self.id, signal.SIGKILL)
+        os.waitpid(self.id, 0)
+        self.output.close()
+        self.input.close()
+
+
+def _check_lines(check: Callable, lines: object, verdicts: object) -> None:
+    """A child's life. The kernel's clock of processor time ends it if a check runs past its limit."""
+    import resource
+
+    for line in lines:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF kills, also in the middle of a long multiplication
         try:
-            expected = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-            found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-            equal = bool(verify(expected, found, timeout_seconds=None))
+            verdict = check(*json.loads(line))
         except MemoryError:
-            os._exit(1)  # past its limit, and what it holds on to would fail the next answer
-        except Exception:  # a symbolic library raises anything on such input: not equal
-            equal = False
-        signal.alarm(0)
+            os._exit(1)  # what it holds on to would fail the next check
+        signal.setitimer(signal.ITIMER_PROF, 0)
         spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > SPENT
-        print(json.dumps([equal, spent]), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+        print(json.dumps([verdict, spent]), file=verdicts, flush=True)
+    os._exit(0)

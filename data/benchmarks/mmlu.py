@@ -20,6 +20,20 @@ from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
 from data.hub import read_dataset
 
 LETTERS = ("A", "B", "C", "D")
+# The authors' four categories (github.com/hendrycks/test, categories.py); all other subjects are "other"
+CATEGORIES = {
+    "STEM": "abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics "
+            "college_physics computer_security conceptual_physics electrical_engineering elementary_mathematics "
+            "high_school_biology high_school_chemistry high_school_computer_science high_school_mathematics "
+            "high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history "
+                  "international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy "
+                  "prehistory professional_law world_religions",
+    "social sciences": "econometrics high_school_geography high_school_government_and_politics "
+                       "high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality "
+                       "professional_psychology public_relations security_studies sociology us_foreign_policy",
+}
+CATEGORY_OF = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects.split()}
 
 
 def load(n: int | None, seed: int) -> Benchmark:
@@ -29,7 +43,8 @@ def load(n: int | None, seed: int) -> Benchmark:
     problems, seen = [], Counter()
     for row in rows:
         subject = row["subject"]
-        problems.append(Problem(f"{subject}/{seen[subject]}", prompt(row), LETTERS[row["answer"]], stratum=subject))
+        problems.append(Problem(f"{subject}/{seen[subject]}", prompt(row), LETTERS[row["answer"]], stratum=subject,
+                                fields={"subject": subject, "category": CATEGORY_OF.get(subject, "other")}))
         seen[subject] += 1
     return Benchmark("mmlu", "choice", sample(problems, n, seed), dataset, choices=LETTERS)
 

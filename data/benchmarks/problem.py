@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Problem:
     gold: str
     level: int | str | None = None
     stratum: str = ""
+    fields: dict = field(default_factory=dict)  # further ones of its row: subject, category, what the grader needs
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Verdict:
     correct: bool
     extracted: str | None
     note: str | None = None  # such as "grader timed out"
+    fields: dict = field(default_factory=dict)  # further ones of the row, such as a verdict on each instruction
 
 
-# Grades rows that have `response` and `gold`, so that saved ones can be graded again without data set or model
+# Grades rows with `response`, `gold` and a problem's further fields: saved ones, too, with no data set and no model
 Grader = Callable[[Sequence[dict]], list[Verdict]]
 
 
