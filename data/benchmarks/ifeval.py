@@ -168,7 +168,7 @@ def constrained_response(response: str) -> bool:
 
 
 def number_highlighted_sections(response: str, num_highlights: int) -> bool:
-    """At least so many *highlights*; what stands in ** ** is found a second time."""
+    """At least so many *highlights* or **highlights**."""
     single = re.findall(r"\*[^\n\*]*\*", response)
     double = re.findall(r"\*\*[^\n\*]*\*\*", response)
     found = [*(text.strip("*") for text in single), *(text[2:-2] for text in double)]
