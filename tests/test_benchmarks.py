@@ -1,5 +1,6 @@
 """Graders, samples of problems, statistics."""
 
+import resource
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import QWEN, SMOLLM2
 from analysis.statistics import mcnemar, paired_difference, summarise, wilson
 from base.errors import UserError
 from data.benchmarks import load_benchmark, mathematics, mmlu
-from data.benchmarks.grading import equal_answers
+from data.benchmarks.grading import MEMORY, judge
 from data.benchmarks.problem import Problem, sample
 
 
@@ -18,6 +19,8 @@ def test_boxed_answers() -> None:
         r"so \boxed{42}.": "42", r"\boxed{1} then \boxed{ \frac{1}{2} }": r"\frac{1}{2}", "no answer": None,
         r"\boxed{\text{a \} b}}": r"\text{a \} b}", r"\boxed{1} and \boxed{2": "1", r"\fbox{7}": "7",
         r"\boxed{\left\{1,2\right\}}": r"\left\{1,2\right\}", r"\boxed{}": "", r"\boxed 5": None,
+        r"\\boxed{3}": "3", r"\boxed{1 \boxed{2}}": "2", r"\boxed{1} {\boxed{2}": "2",
+        r"} \boxed{\\{5}}": r"\\{5}",
     }
     for text, answer in cases.items():
         assert mathematics.extract_boxed(text) == answer
@@ -25,7 +28,8 @@ def test_boxed_answers() -> None:
 
 def test_extraction_is_quick_on_hostile_text() -> None:
     start = time.perf_counter()
-    for text in (r"\boxed{" * 20_000, "{" * 200_000, r"\boxed{" + "{" * 200_000, r"\boxed{1}" + r"\boxed{" * 90):
+    for text in (r"\boxed{" * 20_000, "{" * 200_000, r"\boxed{" + "{" * 200_000, "\\" * 200_000,
+                 r"\boxed{1}" + r"\boxed{" * 90_000):
         mathematics.extract_boxed(text)
     assert time.perf_counter() - start < 60  # quadratic it would be hours; this is no timing of speed
 
@@ -37,23 +41,51 @@ def test_equal_answers() -> None:
         (r"\text{Evelyn}", "Evelyn"): True, ("10", r"10^\circ"): True, ("p - q", "q - p"): False,
         ("1,000", "1000"): True, ("5", ""): False,
     }
-    assert dict(zip(pairs, equal_answers(list(pairs)), strict=True)) == pairs
+    assert dict(zip(pairs, judge("mathematics", list(pairs)), strict=True)) == pairs
 
 
-def test_hostile_answers_are_wrong_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.benchmarks.grading.SECONDS", 2.0)
-    hostile = [r"9^{9^{9^9}}", "10**10**10", r"\frac{" * 300 + "1" + "}{2}" * 300, "9" * 200_000, "(10^{10^{10}})!",
-               "{" * 1000, "\x00", "\ud800", "a" * 100_000, "__import__('os').system('true')"]
-    verdicts = equal_answers([("7", answer) for answer in hostile] + [("7", "7.0")])
-    assert not any(verdicts[:-1])
-    assert verdicts[-1] is True  # and the graders still work
+HOSTILE = [  # each is wrong, whatever the reference
+    r"\boxed{9^{9^{9^9}}}", r"\boxed{10**10**10}", r"\boxed{(10^{10^{10}})!}", r"\boxed{100000000!}",
+    r"\boxed{((9!)!)!}",
+    "\\boxed{" + "\\frac{" * 2000 + "1" + "}{2}" * 2000 + "}", "\\boxed{" + "\\frac{" * 150 + "1" + "}{2}" * 150 + "}",
+    "\\boxed{" + "\\begin{pmatrix}" * 2000 + "1" + "\\end{pmatrix}" * 2000 + "}",
+    "\\boxed{" + "\\begin{pmatrix}" * 50 + "1" + "\\end{pmatrix}" * 50 + "}", "\\boxed{" + "9" * 200_000 + "}",
+    "\\boxed{" + "9" * 1900 + "}", "\\boxed{" + "{" * 100_000, "\\boxed{{{{}", "\\boxed{" + "(" * 1500 + "}",
+    "\\boxed{\x00}", "\\boxed{\ud800}", "\\boxed{7\x00\ud800}", "a" * 100_000, "\\boxed{" + "a" * 1500 + "}",
+    "\\boxed{__import__('os').system('true')}", r"\boxed{\sqrt{\sqrt{\sqrt{2^{2^{2^{2^{2^{2}}}}}}}}}",
+    r"\boxed{\int_0^1 e^{e^{e^{x^{x}}}} dx}", r"\boxed{\sum_{n=1}^{10^{100}} n!}", r"\boxed{(x+y+z)^{100000}}",
+    "\\boxed{}",
+]
+
+
+def test_hostile_responses_are_wrong_and_nothing_hangs() -> None:
+    """100 of them, with references by turns, so that none is answered from memory; no process above its limit."""
+    golds = ["7", r"\frac{1}{2}", "x^2+1", "(1, 2)"]
+    rows = [{"response": response, "gold": gold} for gold in golds for response in HOSTILE]
+    assert len(rows) == 100
+    verdicts = mathematics.grade([*rows, {"response": r"\boxed{7.0}", "gold": "7"}])
+    assert not any(verdict.correct for verdict in verdicts[:-1])
+    assert 4 <= sum(verdict.note == "grader timed out" for verdict in verdicts) < 60
+    assert verdicts[-1].correct  # and the graders still work
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= MEMORY
 
 
 def test_a_worker_that_was_filled_up_does_not_fail_the_next_answer() -> None:
     """sympy keeps what it has seen: without replacing workers, the last pair came out as not equal."""
     greedy = [("7", f"2^{{10^{{{n}}}}}") for n in (7, 8, 9)] + [("7", r"(10^{5})!")] * 2
     pairs = [*greedy, ("(x+1)^{12}", "(x^2+2x+1)^6"), ("0.5", r"\frac{1}{2}")]
-    assert equal_answers(pairs, workers=1)[-2:] == [True, True]
+    assert judge("mathematics", pairs, workers=1)[-2:] == [True, True]
+
+
+def test_units_and_tolerances() -> None:
+    rows = [({"gold": "166", "unit": "$cm^2$"}, [r"166\ cm^2", r"166 \text{ cm}^2", "166", r"166\,\mathrm{cm^2}"],
+             ["165 cm^2"]),
+            ({"gold": r"\frac{600}{7}", "unit": "km/h"}, [r"600/7\text{ km/h}", r"\frac{600}{7} km/h"], ["85.7 km/h"]),
+            ({"gold": "8", "unit": "min"}, [r"8\text{ min}", "8"], ["8.1"]),
+            ({"gold": "4.2", "unit": "%", "tolerance": "1e-1"}, ["4.25", r"4.1\%", "4.3"], ["4.4", "4", "x"])]
+    for row, good, bad in rows:
+        verdicts = mathematics.grade([row | {"response": f"\\boxed{{{answer}}}"} for answer in (*good, *bad)])
+        assert [verdict.correct for verdict in verdicts] == [True] * len(good) + [False] * len(bad), row
 
 
 def test_grading_rows() -> None:
@@ -136,6 +168,22 @@ def test_reference_solutions_of_math500_are_graded_correct() -> None:
     verdicts = mathematics.grade([{"response": row["solution"], "gold": row["answer"]} for row in rows])
     wrong = [row["unique_id"] for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
     assert wrong == []
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["math500", "olympiads"])
+def test_references_are_graded_correct_and_other_problems_answers_are_not(name: str) -> None:
+    """Each reference in another form equals itself; the reference of another problem is right only if it is equal."""
+    problems = load_benchmark(name, None, 0).problems
+    # asked directly, since `grade` does not ask about an answer that is the reference word for word
+    same = judge("mathematics", [(problem.gold, problem.gold) for problem in problems])
+    assert [problem.id for problem, equal in zip(problems, same, strict=True) if not equal] == []
+    others = [problems[(i + 7) % len(problems)].gold for i in range(len(problems))]
+    rows = [{"response": f"\\boxed{{{other}}}", "gold": problem.gold, **problem.fields}
+            for problem, other in zip(problems, others, strict=True)]
+    found = {(row["gold"], verdict.extracted) for row, verdict in zip(rows, mathematics.grade(rows), strict=True)
+             if verdict.correct and verdict.extracted != row["gold"]}
+    assert found == set()  # no two of these are equal without being the same text
 
 
 @pytest.mark.real

@@ -23,7 +23,7 @@ CASES = [
     ("keywords:forbidden_words", {"forbidden_words": ["cat"]}, ["concatenate", "cats"], ["A Cat.", "cat-like"]),
     ("keywords:letter_frequency", {"letter": "E", "let_frequency": 2, "let_relation": AT_LEAST}, ["Ee"], ["e"]),
     ("keywords:letter_frequency", {"letter": "!", "let_frequency": 2, "let_relation": LESS}, ["!"], ["!!"]),
-    ("language:response_language", {"language": "de"}, ["Das ist ein schöner Tag, und wir gehen alle in den Wald.", "1"],
+    ("language:response_language", {"language": "de"}, ["Das ist ein schöner Tag, und wir gehen in den Wald.", "1"],
      ["This is a fine day, and all of us will go to the woods."]),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": AT_LEAST},
      ["Mr. Smith came. He left."], ["Mr. Smith came at 3 p.m. sharp."]),
@@ -37,11 +37,14 @@ CASES = [
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["P.P.S", "p. p. s"], ["P.S."]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, ["* a\n- b", "  * a\n\n* b\ntext"],
      ["* a", "** a\n* b", "* a\n* b\n---"]),
-    ("detectable_format:constrained_response", {}, ["Well: My answer is maybe."], ["My answer is yes", "my answer is no."]),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, ["*a* *b*", "**a** *b*"], ["*a*", "**a**", "** ** *a\nb*"]),
+    ("detectable_format:constrained_response", {}, ["Well: My answer is maybe."],
+     ["My answer is yes", "my answer is no."]),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, ["*a* *b*", "**a** *b*"],
+     ["*a*", "**a**", "** ** *a\nb*"]),
     ("detectable_format:multiple_sections", {"section_spliter": "Day", "num_sections": 2}, ["Day 1 a\nDay2 b"],
      ["Day 1", "DAY 1 DAY 2", "Day one Day two"]),
-    ("detectable_format:json_format", {}, ['{"a": 1}', "```json\n[1]\n```", "3"], ["{a: 1}", "Here: {}", "[" * 100_000]),
+    ("detectable_format:json_format", {}, ['{"a": 1}', "```json\n[1]\n```", "3"],
+     ["{a: 1}", "Here: {}", "[" * 100_000]),
     ("detectable_format:title", {}, ["<<a>>", "x <<< b >>"], ["<a>", "<<\n>>", "<< >>"]),
     ("combination:two_responses", {}, ["a******b", "******a******b"], ["a", "a******a", "a************b", "a***b"]),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Do it. "}, [" do IT. Done"], ["I do it.", "Do"]),
@@ -73,8 +76,9 @@ def test_strict_and_loose() -> None:
     rows = [{"gold": gold, "response": response} for response in ("a bye", "Sure, here:\na bye", "a, *bye*", "")]
     verdicts = ifeval.grade(rows)
     assert [verdict.correct for verdict in verdicts] == [True, False, False, False]
-    assert [verdict.fields["strict"] for verdict in verdicts] == [[True, True], [False, True], [False, False], [False] * 2]
-    assert [verdict.fields["loose"] for verdict in verdicts] == [[True, True], [True, True], [False, True], [False] * 2]
+    neither, second, both = [False, False], [False, True], [True, True]
+    assert [verdict.fields["strict"] for verdict in verdicts] == [both, second, neither, neither]
+    assert [verdict.fields["loose"] for verdict in verdicts] == [both, both, second, neither]
     assert verdicts[1].extracted == "startend:end_checker"
 
 
@@ -120,7 +124,8 @@ def test_verdicts_equal_the_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         responses += [(key, text) for text in (
             row["prompt"], pieces[0], "\n\n".join(pieces), "Sure!\n" + pieces[1] + "\nP.S. *Anything* else?",
             "\n***\n".join(pieces[:2]), f'"{pieces[2].upper()}"', pieces[1].lower().replace(",", ""),
-            "\n".join(f"* {line}" for line in pieces[0].split(". ")), f"<<Title>>\n```json\n{json.dumps(pieces[0])}\n```")]
+            "\n".join(f"* {line}" for line in pieces[0].split(". ")),
+            f"<<Title>>\n```json\n{json.dumps(pieces[0])}\n```")]
     for folder in filter(None, os.environ.get("OFFMODEL_EVALS", "").split(":")):
         responses += [(row["id"], row["response"]) for row in read_rows(Path(folder) / "ifeval.jsonl")]
     gold = {problem.id: problem.gold for problem in load_benchmark("ifeval", None, 0).problems}

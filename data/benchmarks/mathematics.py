@@ -19,6 +19,7 @@ from data.rows import read_rows
 INSTRUCTION = "\n\nReason step by step, and put your final answer within \\boxed{}."
 SEVERAL = " If there are several answers, put all of them there, separated by commas."
 LONGEST = 2_000  # characters of an answer; the longest reference of the benchmarks has 300
+UNWRITTEN = re.compile("[\x00-\x08\x0e-\x1f\ud800-\udfff]")  # no answer has these, and the parsers skip them
 EXAMPLE = (r"(\frac{1}{2}, \sqrt{2}]", r"(0.5, 2^{1/2}]", "cm", "0.1")  # for `check`, before the first real one
 
 
@@ -62,9 +63,10 @@ def load_file(path: Path, n: int | None, seed: int) -> Benchmark:
 def grade(rows: Sequence[dict]) -> list[Verdict]:
     """Compare each row's last \\boxed{} with its gold answer; a row without one is wrong and has none extracted."""
     answers = [extract_boxed(row["response"]) for row in rows]
-    # what is far too long to be an answer is wrong, and what is word for word the reference is right: nothing to ask
+    # what is word for word the reference is right, and what can be no answer is wrong: nothing to ask
     equal = [answer is not None and answer == row["gold"].strip() for row, answer in zip(rows, answers, strict=True)]
-    asked = [i for i, answer in enumerate(answers) if answer is not None and not equal[i] and len(answer) <= LONGEST]
+    asked = [i for i, answer in enumerate(answers)
+             if answer is not None and not equal[i] and len(answer) <= LONGEST and not UNWRITTEN.search(answer)]
     items = [(rows[i]["gold"], answers[i], rows[i].get("unit") or "", rows[i].get("tolerance") or "") for i in asked]
     for i, verdict in zip(asked, judge("mathematics", items), strict=True):
         equal[i] = verdict
