@@ -1,11 +1,13 @@
 """Evaluate a model on benchmarks: a graded row per problem and a summary.
 
-    python evaluate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmarks mmlu math500 --n 200 --out evals/base
+    python evaluate.py --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmarks mmlu ifeval math500 olympiads --n 200 \\
+        --out evals/base
     python evaluate.py --rescore evals/base
 
-Benchmarks are mmlu, math500, the miniature's reasoning, recall and format, or JSONL files of problems (id, problem,
-answer and, if any, level). Responses are saved as they finish, and the same command continues a run that was stopped.
---rescore grades the saved responses again, with no model.
+Benchmarks are mmlu, ifeval, math500, olympiads, the miniature's reasoning, recall and format, or JSONL files of
+problems (id, problem, answer and, if any, level), graded as math500 is. Responses are saved as they finish, and
+the same command continues a run that was stopped. --rescore grades the saved responses again, with no model.
+`python -m analysis.compare` compares two evaluations problem by problem.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from generate import (
     sampling_options,
 )
 
-BENCHMARKS = "mmlu, math500, reasoning, recall, format, or JSONL files of problems"
+BENCHMARKS = "mmlu, ifeval, math500, olympiads, reasoning, recall, format, or JSONL files of problems"
 
 if TYPE_CHECKING:
     from data.benchmarks.problem import Benchmark
@@ -195,8 +197,12 @@ def rescore(folder: Path) -> None:
 def one_line(name: str, entry: dict) -> str:
     """A benchmark's result for the terminal."""
     low, high = entry["ci95"]
+    by_instruction = ", ".join(f"{kind.replace('_', ' ')} {100 * share:.1f} %"
+                               for kind, share in entry.get("instructions", {}).items() if kind != "prompt_strict")
     return (f"{name} {100 * entry['accuracy']:.1f} % ({entry['correct']} of {entry['n']}; 95 % {100 * low:.1f} to "
-            f"{100 * high:.1f}), {entry['unparsed']} without an answer, {entry['truncated']} cut at the limit")
+            f"{100 * high:.1f}), {entry['unparsed']} without an answer, {entry['truncated']} cut at the limit"
+            + (f", {entry['grader_timeouts']} that the grader gave up on" if entry["grader_timeouts"] else "")
+            + (f"; {by_instruction}" if by_instruction else ""))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", metavar="M", help="hub name or folder of the model to learn from")
     parser.add_argument("--prompts", default="alpaca", metavar="P", help=generate.PROMPTS)
     parser.add_argument("--n-train", type=positive_int, default=1000, metavar="N", help="teacher responses")
-    parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "math500"], metavar="NAME",
-                        help=evaluate.BENCHMARKS)
+    parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "ifeval", "math500", "olympiads"],
+                        metavar="NAME", help=evaluate.BENCHMARKS)
     parser.add_argument("--n", type=positive_int, default=200, help="problems of each benchmark")
     parser.add_argument("--recover-with", type=positive_int, nargs="+", default=[8, 32, 128], metavar="N",
                         help="numbers of native examples, a recovered checkpoint each")

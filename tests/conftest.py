@@ -136,6 +136,9 @@ def _missing_from_cache() -> str:
             return repo
     for repo, filename in (("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"),
                            ("HuggingFaceH4/MATH-500", "test.jsonl"),
+                           ("google/IFEval", "ifeval_input_data.jsonl"),
+                           ("Hothan/OlympiadBench",
+                            "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet"),
                            ("cais/mmlu", "all/test-00000-of-00001.parquet")):
         if not isinstance(try_to_load_from_cache(repo, filename, repo_type="dataset"), str):
             return repo

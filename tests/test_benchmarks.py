@@ -197,8 +197,9 @@ def test_samples_of_the_real_benchmarks() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("n", [16, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [SMOLLM2, QWEN])
-def test_mmlu_choices_equal_transformers(name: str) -> None:
+def test_mmlu_choices_equal_transformers(name: str, n: int) -> None:
     """The letter picked by one packed prefill is the argmax that transformers computes, question by question."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,15 +207,17 @@ def test_mmlu_choices_equal_transformers(name: str) -> None:
     from base.hub import model_folder
     from model import weights
     from model.chat import Chat
-    from model.sampler import score_next
+    from model.sampler import common_prefix, score_next
 
     ours = weights.load(model_folder(name), torch.device("cpu"), torch.float32)
     chat = Chat(model_folder(name), ours.config)
     theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    problems = load_benchmark("mmlu", 16, 0).problems
+    problems = load_benchmark("mmlu", n, 0).problems
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in mmlu.LETTERS]
-    scores = score_next(ours, [chat.prompt(problem.prompt) for problem in problems], letters)
+    prompts = [chat.prompt(problem.prompt) for problem in problems]
+    scores = score_next(ours, prompts, letters, common_prefix(prompts))
+    assert common_prefix(prompts) > 20  # the system prompt and the question's first words
     for problem, found in zip(problems, scores, strict=True):
         turns = [chat.turn(problem.prompt, letter) for letter in mmlu.LETTERS]
         assert [turn.tokens[turn.first] for turn in turns] == letters

@@ -15,7 +15,7 @@ from model.attention import Packed
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
-from model.sampler import Response, Sampler, choose, row_uniforms, score_next
+from model.sampler import Response, Sampler, choose, common_prefix, row_uniforms, score_next
 
 NOTHING = frozenset()
 
@@ -167,6 +167,22 @@ def test_score_next_equals_one_at_a_time(model: Decoder) -> None:
             hidden = model(torch.tensor(prompt), torch.arange(len(prompt)), Packed([len(prompt)]))
             logits = model.logits(hidden[-1:])[0]
         assert torch.allclose(found, logits[[3, 250, 7]] - logits[0] + expected, atol=1e-4)
+
+
+def test_score_next_with_a_shared_prefix(model: Decoder) -> None:
+    """The prefix computed once gives what it gives in every prompt, and a row does not depend on its neighbours."""
+    prefix = list(range(40, 77))
+    prompts = [prefix + tokens for _, tokens in ragged_prompts(model.config.vocab_size, 150)]
+    alone = score_next(model, prompts, (3, 250, 7))
+    shared = score_next(model, prompts, (3, 250, 7), prefix=len(prefix))
+    assert torch.allclose(shared, alone, atol=1e-5)
+    assert torch.equal(shared[:5], score_next(model, prompts[:5], (3, 250, 7), prefix=len(prefix)))
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 1  # a token is left to the shortest
+    assert common_prefix([[7], [8]]) == 0 and common_prefix([[7, 8]]) == 1
 
 
 @pytest.mark.real
