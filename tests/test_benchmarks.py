@@ -49,7 +49,7 @@ HOSTILE = [  # each is wrong, whatever the reference
     r"\boxed{((9!)!)!}",
     "\\boxed{" + "\\frac{" * 2000 + "1" + "}{2}" * 2000 + "}", "\\boxed{" + "\\frac{" * 150 + "1" + "}{2}" * 150 + "}",
     "\\boxed{" + "\\begin{pmatrix}" * 2000 + "1" + "\\end{pmatrix}" * 2000 + "}",
-    "\\boxed{" + "\\begin{pmatrix}" * 50 + "1" + "\\end{pmatrix}" * 50 + "}", "\\boxed{" + "9" * 200_000 + "}",
+    "\\boxed{" + "\\begin{pmatrix}" * 15 + "1" + "\\end{pmatrix}" * 15 + "}", "\\boxed{" + "9" * 200_000 + "}",
     "\\boxed{" + "9" * 1900 + "}", "\\boxed{" + "{" * 100_000, "\\boxed{{{{}", "\\boxed{" + "(" * 1500 + "}",
     "\\boxed{\x00}", "\\boxed{\ud800}", "\\boxed{7\x00\ud800}", "a" * 100_000, "\\boxed{" + "a" * 1500 + "}",
     "\\boxed{__import__('os').system('true')}", r"\boxed{\sqrt{\sqrt{\sqrt{2^{2^{2^{2^{2^{2}}}}}}}}}",

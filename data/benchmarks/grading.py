@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SECONDS = 2.0  # of processor time for one check; the slowest of the references takes 0.3 (LOG.md)
+SECONDS = 2.0  # of processor time for one check; the slowest of 2,350 pairs of references took 0.22
 ASLEEP = 30.0  # seconds of waiting for one, after which it is killed although it computes nothing
 MEMORY = 1 << 30  # bytes of address space of a worker
 SPENT = 300 << 20  # bytes that a child may hold on to before it is replaced: sympy caches what it has seen

@@ -15,7 +15,7 @@ class Problem:
     gold: str
     level: int | str | None = None
     stratum: str = ""
-    fields: dict = field(default_factory=dict)  # further ones of its row: subject, category, what the grader needs
+    fields: dict = field(default_factory=dict, hash=False)  # further ones of its row: subject, what the grader needs
 
 
 @dataclass(frozen=True)
