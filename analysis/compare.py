@@ -2,8 +2,8 @@
 
     python -m analysis.compare runs/smoke/evals/base runs/smoke/evals/off_model
 
-Folders that can't be compared are refused, with what differs: the problems, the wording they were asked in, the chat
-template, the system prompt, how and how far was sampled. --although takes what is meant to differ.
+Folders that can't be compared are refused, with the first thing that differs: the problems, the wording they were asked
+in, the chat template, the system prompt, how and how far was sampled. --although NAME takes what is meant to differ.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def _conditions(folder: Path) -> dict:
         raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
     record = read_json(folder / "config.json")
     found = record.get("options", {}) | {"template_sha256": record.get("template_sha256")}
-    return found if found.get("temperature") else found | {"seed": None}  # greedily, a seed decides nothing
+    greedy = not found.get("temperature")
+    return found | dict.fromkeys(("seed", "top_p", "top_k")) if greedy else found  # greedily, they decide nothing
 
 
 def _short(value: object) -> str:
@@ -76,8 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("before", type=Path, help="folder of an evaluation (evaluate.py --out)")
     parser.add_argument("after", type=Path, help="another, on the same problems")
-    parser.add_argument("--although", nargs="+", default=(), choices=CONDITIONS, metavar="NAME",
-                        help=f"what may differ: {', '.join(CONDITIONS)}")
+    parser.add_argument("--although", action="append", default=[], choices=CONDITIONS, metavar="NAME",
+                        help=f"what may differ (may be given again): {', '.join(CONDITIONS)}")
     return parser.parse_args(argv)
 
 
@@ -85,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print a line or two for each benchmark."""
     args = parse(argv)
     for name, found in compare(args.before, args.after, tuple(args.although)).items():
-        low, high = found["ci95"]
+        gain, high, low = (0 - points for points in (found["points"], *found["ci95"]))
         lost = ", ".join(f"{count} {fate}" for fate, count in found["lost"].items())
-        print(f"{name}: {-found['points']:+.1f} points (95 % {-high:+.1f} to {-low:+.1f}, p = {found['p']:.3g})\n"
+        print(f"{name}: {gain:+.1f} points (95 % {low:+.1f} to {high:+.1f}, p = {found['p']:.3g})\n"
               f"    {sum(found['lost'].values())} lost ({lost}), {found['gained']} gained")
 
 

@@ -70,9 +70,11 @@ def build(rows: dict[str, dict[str, list[dict]]], openers: Sequence[str] | None 
     checkpoints = {name: {benchmark: summarise(graded) for benchmark, graded in by_benchmark.items()}
                    for name, by_benchmark in rows.items()}
 
-    report = {"checkpoints": checkpoints, "drop": {}, "recovered_fraction": {}}
+    report = {"checkpoints": checkpoints, "drop": {}, "lost": {}, "recovered_fraction": {}}
     for benchmark in rows["base"] if "off_model" in rows else ():
-        report["drop"][benchmark] = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
+        found = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
+        report["drop"][benchmark] = {name: found[name] for name in ("points", "ci95", "p")}
+        report["lost"][benchmark] = found["lost"] | {"gained": found["gained"]}
         base, off = (checkpoints[name][benchmark]["correct"] for name in ("base", "off_model"))
         for curve, counts in curves(report).items():
             # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
@@ -196,7 +198,7 @@ def _drop_row(benchmark: str, report: dict) -> list[str]:
     drop = report["drop"][benchmark]
     base, off = (report["checkpoints"][name][benchmark] for name in ("base", "off_model"))
     return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", f"{drop['p']:.3g}",
-            *(str(drop["lost"][fate]) for fate in ("truncated", "unparsed", "wrong")), str(drop["gained"]),
+            *(str(report["lost"][benchmark][fate]) for fate in ("truncated", "unparsed", "wrong", "gained")),
             f"{base['truncated']} → {off['truncated']}", f"{base['unparsed']} → {off['unparsed']}"]
 
 

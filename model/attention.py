@@ -94,10 +94,12 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Te
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, prefix: int, lengths: Sequence[int]) -> Tensor:
     """Causal attention within a prefix, and of each sequence to the prefix and itself: q (T, H, D), k and v (T, K, D),
     prefix + sum(lengths) = T, to (T, H, D). A sequence computes what it would if the prefix stood before it alone."""
+    if not prefix:
+        return attend_packed(q, k, v, lengths)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     parts = [prefix, *lengths]
-    mixed = [attend_packed(q[:prefix], k[:prefix], v[:prefix], [prefix])] if prefix else []
+    mixed = [attend_packed(q[:prefix], k[:prefix], v[:prefix], [prefix])]
     for q1, k1, v1 in list(zip(q.split(parts), k.split(parts), v.split(parts), strict=True))[1:]:
         k1, v1 = torch.cat((k[:prefix], k1)), torch.cat((v[:prefix], v1))  # (P + L, H, D)
         mask = torch.ones(len(q1), len(k1), dtype=torch.bool, device=q.device).tril(prefix)

@@ -77,12 +77,20 @@ def test_a_worker_that_was_filled_up_does_not_fail_the_next_answer() -> None:
     assert judge("mathematics", pairs, workers=1)[-2:] == [True, True]
 
 
+def test_a_mistake_of_ours_is_no_verdict() -> None:
+    """A check that raises, and a module that can't be imported, end the evaluation; they make no response wrong."""
+    for module, item in (("ifeval", ('[["punctuation:no_such", {}]]', "a")), ("no_such_module", ("a",))):
+        with pytest.raises(AssertionError, match="a grading process ended"):
+            judge(module, [item, item])
+
+
 def test_units_and_tolerances() -> None:
-    rows = [({"gold": "166", "unit": "$cm^2$"}, [r"166\ cm^2", r"166 \text{ cm}^2", "166", r"166\,\mathrm{cm^2}"],
-             ["165 cm^2"]),
+    rows = [({"gold": "$166$", "unit": "$cm^2$"},
+             [r"166\ cm^2", r"166 \text{ cm}^2", "166", r"166\,\mathrm{cm^2}", "166 cm^{2}", r"166~\mathrm{cm}^{2}"],
+             ["165 cm^2", "166 cm^3"]),
             ({"gold": r"\frac{600}{7}", "unit": "km/h"}, [r"600/7\text{ km/h}", r"\frac{600}{7} km/h"], ["85.7 km/h"]),
             ({"gold": "8", "unit": "min"}, [r"8\text{ min}", "8"], ["8.1"]),
-            ({"gold": "4.2", "unit": "%", "tolerance": "1e-1"}, ["4.25", r"4.1\%", "4.3"], ["4.4", "4", "x"])]
+            ({"gold": "4.2", "unit": "%", "tolerance": "1e-1"}, ["4.25", r"4.1\%", "4.25%", "4.3"], ["4.4", "4", "x"])]
     for row, good, bad in rows:
         verdicts = mathematics.grade([row | {"response": f"\\boxed{{{answer}}}"} for answer in (*good, *bad)])
         assert [verdict.correct for verdict in verdicts] == [True] * len(good) + [False] * len(bad), row

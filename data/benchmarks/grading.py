@@ -17,20 +17,24 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 SECONDS = 2.0  # of processor time for one check; the slowest of 2,350 pairs of references took 0.22
 ASLEEP = 30.0  # seconds of waiting for one, after which it is killed although it computes nothing
 MEMORY = 1 << 30  # bytes of address space of a worker
+RAISED = 3  # exit code of a child in which a check raised
 SPENT = 300 << 20  # bytes that a child may hold on to before it is replaced: sympy caches what it has seen
 
 
 def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = None) -> list:
-    """`data.benchmarks.<module>.check(*item)` of each item; None where it ran past its limits, whatever it raised.
+    """`data.benchmarks.<module>.check(*item)` of each item; None where it ran past its limits.
 
-    What `check` returns comes back as JSON does: a tuple as a list.
+    What `check` returns comes back as JSON does: a tuple as a list. If it raises, that is a mistake of ours: the worker
+    prints it and ends, and an AssertionError says so.
     """
     items, distinct = list(items), list(dict.fromkeys(items))
     count = min(workers or os.cpu_count() or 1, len(distinct))
@@ -68,13 +72,16 @@ class _Worker:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, item: tuple[str, ...]) -> object:
-        print(json.dumps(item), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        line = ""
+        with suppress(BrokenPipeError):
+            print(json.dumps(item), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
         assert line, "a grading process ended; it has said why above"
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()  # on which it ends
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # on which it ends
         self.process.wait()
         self.process.stdout.close()
 
@@ -83,6 +90,7 @@ def serve(module: str) -> None:
     """A worker's life: load what the checks need, then hand each line to a child, and start another if it died."""
     import resource
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; with it gone, the input ends
     benchmark = importlib.import_module(f"data.benchmarks.{module}")
     benchmark.check(*benchmark.EXAMPLE)  # once here, so that libraries and their tables are there in every child
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -92,9 +100,10 @@ def serve(module: str) -> None:
         child = child or _Child(benchmark.check)
         answer = child.ask(line)
         verdict, spent = json.loads(answer) if answer else (None, True)
+        if spent and child.close() == RAISED:
+            sys.exit("a check raised, as above")
         print(json.dumps(verdict), flush=True)
         if spent:
-            child.close()
             child = None
 
 
@@ -107,23 +116,32 @@ class _Child:
         if self.id == 0:
             os.close(lines_out[1])
             os.close(lines_in[0])
-            _check_lines(check, os.fdopen(lines_out[0]), os.fdopen(lines_in[1], "w"))
+            try:
+                _check_lines(check, os.fdopen(lines_out[0]), os.fdopen(lines_in[1], "w"))
+            except Exception:  # printed and told to the worker, which ends with it
+                traceback.print_exc()
+                sys.stderr.flush()
+            os._exit(RAISED)
         os.close(lines_out[0])
         os.close(lines_in[1])
         self.input, self.output = os.fdopen(lines_out[1], "w"), os.fdopen(lines_in[0])
 
     def ask(self, line: str) -> str:
         """The verdict's line; an empty one if the child has died of it, or sleeps."""
-        self.input.write(line)
-        self.input.flush()
-        ready, _, _ = select.select([self.output], [], [], ASLEEP)
-        return self.output.readline() if ready else ""
+        with suppress(BrokenPipeError):
+            print(line, end="", file=self.input, flush=True)
+            ready, _, _ = select.select([self.output], [], [], ASLEEP)
+            return self.output.readline() if ready else ""
+        return ""
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Kill it, if it is not dead; returns its exit code, negative for a signal."""
         os.kill(self.id, signal.SIGKILL)
-        os.waitpid(self.id, 0)
+        _, status = os.waitpid(self.id, 0)
         self.output.close()
-        self.input.close()
+        with suppress(BrokenPipeError):
+            self.input.close()
+        return os.waitstatus_to_exitcode(status)
 
 
 def _check_lines(check: Callable, lines: object, verdicts: object) -> None:
@@ -135,7 +153,7 @@ def _check_lines(check: Callable, lines: object, verdicts: object) -> None:
         try:
             verdict = check(*json.loads(line))
         except MemoryError:
-            os._exit(1)  # what it holds on to would fail the next check
+            os._exit(0)  # what it holds on to would fail the next check
         signal.setitimer(signal.ITIMER_PROF, 0)
         spent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > SPENT
         print(json.dumps([verdict, spent]), file=verdicts, flush=True)

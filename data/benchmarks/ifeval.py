@@ -31,9 +31,7 @@ def load(n: int | None, seed: int) -> Benchmark:
                                  columns=("key", "prompt", "instruction_id_list", "kwargs"))
     problems = []
     for row in rows:
-        # the data set's parquet form has all arguments of all types, null where they don't apply
-        arguments = [{name: value for name, value in given.items() if value is not None} for given in row["kwargs"]]
-        instructions = list(zip(row["instruction_id_list"], arguments, strict=True))
+        instructions = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
         problems.append(Problem(str(row["key"]), row["prompt"], json.dumps(instructions)))
     return Benchmark("ifeval", "instructions", sample(problems, n, seed), dataset)
 
