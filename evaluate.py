@@ -144,29 +144,29 @@ def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[d
 
     from model.sampler import common_prefix, score_next
 
-    system = {row["id"]: row["system"] for row in prompts}
+    # the token that a choice begins with, behind a prompt: by the template, not by what it looks like
+    turns = [chat.turn(prompts[0]["prompt"], choice, prompts[0]["system"]) for choice in benchmark.choices]
+    tokens = [turn.tokens[turn.first] for turn in turns]
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart by their "
+                        "first token")
+    parts = []  # questions of one subject lie together and begin alike: what they share is computed once
+    for _, group in groupby(benchmark.problems, key=attrgetter("stratum")):
+        ids = [problem.id for problem in group]
+        prefix = common_prefix([encoded[id] for id in ids])  # of all, done or not: a row stays the same
+        todo = [id for id in ids if id not in rows.rows]
+        parts += [(prefix, todo[i : i + 64]) for i in range(0, len(todo), 64)]
     bar = tqdm(total=len(prompts), initial=len(rows.rows), desc=benchmark.name, unit="row", disable=None)
     with bar as progress:
-        # questions of one subject begin alike, and what they share is computed once
-        for _, group in groupby(benchmark.problems, key=attrgetter("stratum")):
-            problems = list(group)
-            prefix = common_prefix([encoded[problem.id] for problem in problems])  # done or not: a row stays the same
-            todo = [problem for problem in problems if problem.id not in rows.rows]
-            for part in (todo[i : i + 64] for i in range(0, len(todo), 64)):
-                # the token that a choice begins with, behind this prompt: by the template, not by what it looks like
-                turn = [chat.turn(part[0].prompt, choice, system[part[0].id]) for choice in benchmark.choices]
-                tokens = [one.tokens[one.first] for one in turn]
-                if len(set(tokens)) < len(tokens):
-                    raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart "
-                                    "by their first token")
-                scores = score_next(model, [encoded[problem.id] for problem in part], tokens, prefix)
-                if not scores.isfinite().all():
-                    raise UserError(f"the model's output for {benchmark.name} is not finite: its weights or its "
-                                    "adapter are damaged")
-                for problem, logprobs in zip(part, scores.tolist(), strict=True):
-                    best = max(range(len(tokens)), key=logprobs.__getitem__)
-                    rows.append({"id": problem.id, "response": benchmark.choices[best], "finish_reason": "stop"})
-                    progress.update()
+        for prefix, ids in parts:
+            scores = score_next(model, [encoded[id] for id in ids], tokens, prefix)
+            if not scores.isfinite().all():
+                raise UserError(f"the model's output for {benchmark.name} is not finite: its weights or its adapter "
+                                "are damaged")
+            for id, logprobs in zip(ids, scores.tolist(), strict=True):
+                best = max(range(len(tokens)), key=logprobs.__getitem__)
+                rows.append({"id": id, "response": benchmark.choices[best], "finish_reason": "stop"})
+                progress.update()
 
 
 def grade(rows: list[dict], grader: str) -> list[dict]:

@@ -100,11 +100,11 @@ def serve(module: str) -> None:
         child = child or _Child(benchmark.check)
         answer = child.ask(line)
         verdict, spent = json.loads(answer) if answer else (None, True)
-        if spent and child.close() == RAISED:
-            sys.exit("a check raised, as above")
-        print(json.dumps(verdict), flush=True)
         if spent:
-            child = None
+            code, child = child.close(), None
+            if code == RAISED:
+                sys.exit("a check raised, as above")
+        print(json.dumps(verdict), flush=True)
 
 
 class _Child:
@@ -120,8 +120,8 @@ class _Child:
                 _check_lines(check, os.fdopen(lines_out[0]), os.fdopen(lines_in[1], "w"))
             except Exception:  # printed and told to the worker, which ends with it
                 traceback.print_exc()
-                sys.stderr.flush()
-            os._exit(RAISED)
+                # in here: behind the block the pipe is closed, at which the worker kills what has not yet ended
+                os._exit(RAISED)
         os.close(lines_out[0])
         os.close(lines_in[1])
         self.input, self.output = os.fdopen(lines_out[1], "w"), os.fdopen(lines_in[0])
