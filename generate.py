@@ -4,7 +4,7 @@
 
 Rows are saved as they finish (FILE.partial.jsonl) and get their final name, in the order of the prompts, when all are
 there; what made them stands in FILE.config.json. The same command continues a run that was stopped. A row depends on
-the options, the seed and its own id, not on the batch it was sampled in.
+the options, the seed and its own id, not on the batch it was sampled in (on a GPU: but for rounding).
 """
 
 import argparse
@@ -68,7 +68,15 @@ def sampling_options(parser: argparse.ArgumentParser, default_temperature: float
     group.add_argument("--top-k", type=natural, default=0, help="keep this many of the likeliest tokens; 0 keeps all")
     group.add_argument("--max-new-tokens", type=positive_int, default=max_new_tokens, help="limit of a response")
     group.add_argument("--seed", type=seed, default=0, help="of the run; each row has its own from it and its id")
-    group.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
+    cache_options(group)
+
+
+def cache_options(parser: argparse._ActionsContainer) -> None:
+    """Add --slots and --kv-memory."""
+    parser.add_argument("--slots", type=positive_int,
+                        help="rows sampled at a time, which changes no row (default: 64, on a GPU 256)")
+    parser.add_argument("--kv-memory", type=number(float, above=0), metavar="GIB",
+                        help="memory of the KV cache, which changes no row (default: what is free)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,7 +151,7 @@ def make_sampler(model: "Decoder", chat: "Chat", args: argparse.Namespace) -> "S
     """The sampler that the options describe."""
     from model.sampler import Sampler
 
-    return Sampler(model, chat.stop_ids, slots=args.slots, **sampling_identity(args))
+    return Sampler(model, chat.stop_ids, slots=args.slots, kv_memory=args.kv_memory, **sampling_identity(args))
 
 
 def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict], opener: str = "") -> dict[str, list[int]]:
@@ -161,6 +169,10 @@ def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict
     from tqdm import tqdm
 
     todo = {row["id"]: row for row in prompts if row["id"] not in rows.rows}
+    if todo:
+        cache = sampler.cache_bytes([(id, encoded[id]) for id in todo])
+        print(f"{title}: {len(todo)} rows, {min(sampler.slots, len(todo))} at a time, in a KV cache of up to "
+              f"{cache / 2**30:.2f} GiB")
     opening = chat.encode(opener)  # decoded with the rest: some tokenizers put a blank between tokens
     tokens, start = 0, time.perf_counter()
     with tqdm(total=len(prompts), initial=len(prompts) - len(todo), desc=title, unit="row", disable=None) as progress:

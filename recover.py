@@ -85,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="peak learning rate of recovery (default: --lr)")
     parser.add_argument("--recover-batch-tokens", type=positive_int, default=1024,
                         help="tokens of an optimiser step in recovery, at most")
-    parser.add_argument("--slots", type=positive_int, default=64, help="rows sampled at a time; changes no row")
+    generate.cache_options(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the experiment's folder")
     train.training_options(parser)
     device_options(parser)
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the input is found before the first hour is spent
     out, most = args.out, args.recover_with[-1]
     # what changes no result, or is better told by a checksum
-    aside = ("preset", "out", "slots", "micro_batch_tokens", "save_every", "device", "prompts", "benchmarks")
+    aside = ("preset", "out", "slots", "kv_memory", "micro_batch_tokens", "save_every", "device", "prompts",
+             "benchmarks")
     options = {name: value for name, value in vars(args).items() if name not in aside}
     options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
     for role in ("student", "teacher"):
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             gc.collect()  # the stage's model, before the next one loads its own
         return out / place
 
-    sampling = as_arguments(args, ("max_new_tokens", "slots", "seed"))
+    sampling = as_arguments(args, ("max_new_tokens", "slots", "kv_memory", "seed"))
     prompting = ("--prompts", args.prompts, "--temperature", args.temperature, *sampling)
     benchmarking = ("--benchmarks", *args.benchmarks, "--n", args.n, *sampling)
     first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …

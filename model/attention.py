@@ -1,10 +1,10 @@
 """Attention over packed sequences and over the KV cache, each with a slow reference that says what it computes.
 
 An `Attend` is handed to the decoder for one forward pass. There are four: `Packed` for training and scoring, `Shared`
-(packed, behind a beginning that all have in common), `Prefill` (packed, and it fills the cache), `Decode` (one new
-token per sequence against the cache).
+(packed, behind a beginning that all have in common), `Prefill` (new prompts, packed; it fills the cache), `Decode`
+(one new token per row against the cache). On a GPU the last two run the kernels of kernels.py.
 
-Shapes: T tokens, B sequences, L cached positions, H query heads, K key/value heads, D head_dim.
+Shapes: T tokens, B rows, L positions, H query heads, K key/value heads, D head_dim, M blocks of the longest row.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,23 @@ from torch import Tensor
 
 from model.cache import BLOCK, KVCache
 
+if torch.cuda.is_available():  # Triton comes with torch's builds for GPUs alone
+    from model import kernels
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (T, 1, D/2)
+
 
 class Attend(Protocol):
     """What the decoder calls in each layer."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, D), k and v (T, K, D), rotated, to the mixed values (T, H, D)."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        """q (T, H, D), k and v (T, K, D), not yet rotated, to the mixed values (T, H, D)."""
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of x (T, heads, D), pairing dimension i with i + D/2 as HF does."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Packed:
@@ -30,9 +41,9 @@ class Packed:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
-        return attend_packed(q, k, v, self.lengths)
+        return attend_packed(rotate(q, *rotation), rotate(k, *rotation), v, self.lengths)
 
 
 class Shared:
@@ -42,39 +53,91 @@ class Shared:
         """`prefix` tokens, then sequences of `lengths` tokens, whose positions go on from the prefix's."""
         self.prefix, self.lengths = prefix, list(lengths)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
-        return attend_shared(q, k, v, self.prefix, self.lengths)
+        return attend_shared(rotate(q, *rotation), rotate(k, *rotation), v, self.prefix, self.lengths)
 
 
-class Prefill:
-    """`Packed`, which also writes sequence i's keys and values to cache slot slots[i], from position 0 on."""
+class _Cached:
+    """What `Prefill` and `Decode` have in common: new keys and values go to the cache first."""
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        self.cache, self.slots, self.lengths = cache, slots, list(lengths)
+    def __init__(self, cache: KVCache, slots: Tensor) -> None:
+        """`slots` (T,) int64: where each token's keys and values go."""
+        self.cache, self.slots = cache, slots
+        self.places = None if slots.is_cuda else cache.places(slots)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """The rotated q (T, H, D), and the layer's keys and values (blocks, K, BLOCK, D) with the new ones in them."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if q.is_cuda:
+            return kernels.rotate_and_store(q, k, v, *rotation, keys, values, self.slots), keys, values
+        self.cache.write(layer, self.places, rotate(k, *rotation), v)
+        return rotate(q, *rotation), keys, values
+
+
+class Prefill(_Cached):
+    """Prompts, or what is left of them behind a beginning that is in the cache already, one behind the other.
+
+    A row reads all it attends to from the cache, so that it may lean on what another row of the same pass computes.
+    """
+
+    def __init__(self, cache: KVCache, slots: Tensor, table: Tensor, lengths: Sequence[int],
+                 offsets: Sequence[int]) -> None:
+        """`table` (B, M) int32, the rows' blocks; row b brings lengths[b] tokens, the first at position offsets[b].
+
+        `slots` (T,) int64 may go on behind sum(lengths), with scratch slots for padding.
+        """
+        super().__init__(cache, slots)
+        if table.is_cuda:
+            starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(table.device)
+            self.arguments = table, starts, torch.tensor(offsets, dtype=torch.int32).to(table.device), max(lengths)
+        else:
+            self.tiles = query_tiles(table, lengths, offsets)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
-        self.cache.fill(layer, self.slots, self.lengths, k, v)
-        return attend_packed(q, k, v, self.lengths)
+        q, keys, values = self.store(layer, q, k, v, rotation)
+        if q.is_cuda:
+            return kernels.prefill_attention(q, keys, values, *self.arguments)
+        return attend_prompts(q, keys, values, self.tiles)
 
 
-class Decode:
-    """One new token for each of the first B cache slots; token b stands at positions[b]."""
+class Decode(_Cached):
+    """One new token for each of B rows; token b stands at positions[b] of its row."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, longest: int) -> None:
-        """`positions` (B,) int64 on the cache's device; `longest`, their maximum + 1, comes from the host so that
-        nothing waits for the device."""
-        self.cache, self.positions = cache, positions
-        self.length = -(-longest // BLOCK) * BLOCK
-        ahead = torch.arange(self.length, device=positions.device) > positions[:, None]
-        self.mask = torch.zeros(ahead.shape, dtype=cache.keys.dtype, device=positions.device)
-        self.mask.masked_fill_(ahead, float("-inf"))  # (B, L)
+    def __init__(self, cache: KVCache, table: Tensor, positions: Tensor, splits: int = 1) -> None:
+        """`table` (B, M) int32, the rows' blocks, and `positions` (B,) int64, both on the cache's device.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        A row of zeros is padding. `splits`: over how many programs a GPU spreads the length of a row.
+        """
+        blocks = table.gather(1, (positions // BLOCK)[:, None])[:, 0]
+        super().__init__(cache, blocks * BLOCK + positions % BLOCK)
+        self.table, self.lengths, self.splits = table, (positions + 1).int(), splits
+        self.pages = None if table.is_cuda else Pages(table, self.lengths)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(B, H, D) mixed values; see `Attend`."""
-        keys, values = self.cache.append(layer, self.positions, k, v)
-        return attend_cached(q, keys[:, :, : self.length], values[:, :, : self.length], self.mask)
+        q, keys, values = self.store(layer, q, k, v, rotation)
+        if q.is_cuda:
+            return kernels.decode_attention(q, keys, values, self.table, self.lengths, self.splits)
+        return attend_pages(q, keys, values, self.pages)
+
+
+class Pages:
+    """For `attend_pages`: which block is whose, from the rows' tables (B, M) and lengths (B,); once for all layers."""
+
+    def __init__(self, table: Tensor, lengths: Tensor) -> None:
+        starts = torch.arange(table.shape[1], device=table.device) * BLOCK
+        held = starts < lengths[:, None]  # (B, M)
+        rows, columns = held.nonzero(as_tuple=True)
+        self.blocks = table[rows, columns].long()  # (P,) row by row
+        self.bags = held.sum(1).cumsum(0) - held.sum(1)  # (B,) where each row begins in them
+        self.table = table.where(held, table[:, :1]).long()  # (B, M), behind a row's end its first block again
+        self.count = int(self.blocks.max()) + 1
+        # Free blocks in between are computed with the rest, as row 0's, without a position that is seen, and not read
+        self.owner = self.blocks.new_zeros(self.count).index_copy(0, self.blocks, rows)
+        seen = self.blocks.new_zeros(self.count).index_copy(0, self.blocks, (lengths[rows] - starts[columns]).long())
+        self.unseen = torch.arange(BLOCK, device=table.device) >= seen[:, None]  # (count, BLOCK)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -130,25 +193,73 @@ def attend_packed_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[i
     return torch.einsum("hqk,khd->qhd", weights, v)
 
 
-def attend_cached(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """One query per sequence against its cache: q (B, H, D), keys and values (B, K, L, D), additive mask (B, L).
+def query_tiles(table: Tensor, lengths: Sequence[int], offsets: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For `attend_prompts`: BLOCK queries a row at a time, those at positions i · BLOCK to (i + 1) · BLOCK - 1.
 
-    The query heads that share a key head form one matrix, so that the cache is read once for all of them. Two plain
-    products, not `scaled_dot_product_attention`: below 300 positions they are faster on the CPU, and a row's result
-    does not change with the number of rows beside it (the fused call's does: LOG.md, 2026-11-24).
+    For each i (the rows that have queries there being N): the blocks they see (N, i + 1), the queries' places in the
+    stream (N, BLOCK), and which of these are real (N, BLOCK). The offsets are multiples of BLOCK.
     """
-    grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, D)
-    scores = (grouped * q.shape[-1] ** -0.5) @ keys.mT  # (B, K, H/K, L)
-    weights = (scores + mask[:, None, None]).float().softmax(-1).to(values.dtype)
-    return (weights @ values).flatten(1, 2)  # (B, H, D)
+    lengths, offsets = torch.tensor(lengths), torch.tensor(offsets)
+    starts = lengths.cumsum(0) - lengths
+    tiles = []
+    for first in range(int(offsets.min()), int((offsets + lengths).max()), BLOCK):
+        rows = ((offsets <= first) & (first < offsets + lengths)).nonzero()[:, 0]
+        within = first - offsets[rows, None] + torch.arange(BLOCK)  # (N, BLOCK), of the row's own tokens
+        real = within < lengths[rows, None]
+        places = (starts[rows, None] + within).where(real, 0)
+        tiles.append((table[rows, : first // BLOCK + 1].long(), places, real))
+    return tiles
 
 
-def attend_cached_reference(q: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What `attend_cached` computes, row by row and head by head; row b sees its first lengths[b] positions."""
+def attend_prompts(q: Tensor, keys: Tensor, values: Tensor, tiles: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Causal attention of packed prompts to the cache: q (T, H, D), keys and values (blocks, K, BLOCK, D), to the mixed
+    values (T, H, D), of which padding's are zero.
+
+    Tiles begin at multiples of BLOCK, and each is a product of its own. So a token's result is the same to the bit
+    whether what stands before it was computed in this pass or in an earlier one.
+    """
+    mixed = torch.zeros_like(q)
+    kv_heads, dim = keys.shape[1], q.shape[2]
+    ahead = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+    for blocks, places, real in tiles:
+        k, v = (x[blocks].transpose(1, 2).flatten(2, 3) for x in (keys, values))  # (N, K, L, D)
+        grouped = q[places].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (N, K, H/K, BLOCK, D)
+        scores = (grouped.flatten(2, 3) * dim**-0.5) @ k.mT  # (N, K, H/K · BLOCK, L)
+        scores.unflatten(2, (-1, BLOCK))[..., -BLOCK:].masked_fill_(ahead, float("-inf"))
+        mixed1 = scores.float().softmax(-1).to(v.dtype) @ v  # (N, K, H/K · BLOCK, D)
+        mixed1 = mixed1.unflatten(2, (-1, BLOCK)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (N, BLOCK, H, D)
+        mixed[places[real]] = mixed1[real]
+    return mixed
+
+
+def attend_pages(q: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tensor:
+    """One query per row against its cache: q (B, H, D), keys and values (blocks, K, BLOCK, D), to (B, H, D).
+
+    No two rows may hold the same block. The products run over the blocks as they lie, each with the queries of its
+    owner, and a row's blocks are added up afterwards: to gather the rows' keys and values would cost as much as the
+    attention. The query heads that share a key head form one matrix, so that the cache is read once for all of them.
+    """
+    keys, values = keys[: pages.count], values[: pages.count]
+    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, D)
+    scores = (grouped[pages.owner] @ keys.mT).float()  # (blocks, K, H/K, BLOCK)
+    scores.masked_fill_(pages.unseen[:, None, None], float("-inf"))
+    highest = scores.amax(-1)[pages.table].amax(1)  # (B, K, H/K)
+    weights = scores.sub_(highest[pages.owner][..., None]).exp_()
+    mixed = (weights.to(values.dtype) @ values).float()  # (blocks, K, H/K, D)
+    # A bag adds up one block after the other, in the row's order: the same sum whatever the other rows are
+    total, mixed = (F.embedding_bag(pages.blocks, x.flatten(1), pages.bags, mode="sum").unflatten(1, x.shape[1:])
+                    for x in (weights.sum(-1), mixed))
+    return (mixed / total[..., None]).flatten(1, 2).to(q.dtype)
+
+
+def attend_cached_reference(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Sequence[int],
+                            lengths: Sequence[int]) -> Tensor:
+    """What `attend_prompts`, `attend_pages` and the kernels compute, query by query and head by head: query t, of row
+    rows[t] of the table, sees that row's first lengths[t] positions."""
     groups = q.shape[1] // keys.shape[1]
-    mixed = torch.empty_like(q)
-    for b, length in enumerate(lengths):
+    mixed = torch.zeros_like(q)
+    for t, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         for h in range(q.shape[1]):
-            k, v = keys[b, h // groups, :length], values[b, h // groups, :length]  # (L, D)
-            mixed[b, h] = (k @ q[b, h] / q.shape[-1] ** 0.5).softmax(0) @ v
+            k, v = (x[table[row].long(), h // groups].flatten(0, 1)[:length] for x in (keys, values))  # (L, D)
+            mixed[t, h] = (k @ q[t, h] / q.shape[-1] ** 0.5).softmax(0) @ v
     return mixed

@@ -1,5 +1,8 @@
-"""The KV cache: keys and values of every layer for a fixed number of slots, one sequence to a slot."""
+"""The KV cache: keys and values of every layer in blocks of 32 positions, which rows take as they grow (paged, as in
+PagedAttention, arXiv 2309.06180), and the prompts' common beginnings, which are computed once."""
 
+import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -7,48 +10,111 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-# Attention reads a multiple of this many positions: with it the CPU's sums over them come out the same to the bit
-# however long the longest neighbour is (16 were too few for heads below 64: LOG.md, 2026-11-24)
+# Positions in a block. All sums over positions go block by block, so that on the CPU a row comes out the same to the
+# bit whatever stands beside it. 64 was as fast (SmolLM2), and leaves twice as much of a row's last block empty.
 BLOCK = 32
 
 
 class KVCache:
-    """Two tensors, (layers, slots, K, capacity, D), allocated once.
+    """`keys` and `values`, (layers, blocks, K, BLOCK, D), allocated once; who holds which block is kept on the host.
 
-    A slot's positions are contiguous, so that attention reads plain slices of it and no gather is needed. On the CPU
-    untouched pages take no memory; on a GPU the whole of it is taken at once.
+    Block 0 is scratch: padding and rows that have ended write there, and nobody reads it. On the CPU pages that were
+    never written take no memory; on a GPU the whole of it is taken at once.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, capacity: int, device: torch.device,
-                 dtype: torch.dtype) -> None:
-        """`capacity` is the longest sequence a slot has to hold, prompt and response, in tokens."""
-        capacity = -(-capacity // BLOCK) * BLOCK
-        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        # zeros, not empty: what lies behind a sequence's end is multiplied by a weight of 0, and 0 × NaN is NaN
+    def __init__(self, config: ModelConfig, blocks: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Room for `blocks` blocks, scratch not counted."""
+        shape = (config.num_layers, blocks + 1, config.num_kv_heads, BLOCK, config.head_dim)
+        # zeros, not empty: what lies behind a row's end is multiplied by a weight of 0, and 0 × NaN is NaN
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.slots, self.capacity = slots, capacity
+        self.free = list(range(1, blocks + 1))  # a heap: the lowest first, so that those in use lie close together
+        self.users = [0] * (blocks + 1)
+        self.peak = 0  # most blocks held at a time
 
-    def fill(self, layer: int, slots: Sequence[int], lengths: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """Write packed k and v (T, K, D) of whole prompts, prompt i to slot slots[i] from position 0 on.
+    @staticmethod
+    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Memory of one block, all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * BLOCK * config.head_dim * dtype.itemsize
 
-        Tokens beyond sum(lengths of the slots given) are padding and are not stored.
-        """
-        start = 0
-        for slot, length in zip(slots, lengths, strict=False):
-            self.keys[layer, slot, :, :length] = k[start : start + length].transpose(0, 1)
-            self.values[layer, slot, :, :length] = v[start : start + length].transpose(0, 1)
-            start += length
+    def take(self, count: int) -> list[int]:
+        """`count` free blocks, the taker being their only user."""
+        assert count <= len(self.free), "the caller makes room first"
+        blocks = [heapq.heappop(self.free) for _ in range(count)]
+        for block in blocks:
+            self.users[block] = 1
+        self.peak = max(self.peak, len(self.users) - 1 - len(self.free))
+        return blocks
 
-    def append(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one position of each of the first B slots, k and v (B, K, D); returns theirs (B, K, capacity, D)."""
-        rows = torch.arange(len(positions), device=positions.device)
-        keys, values = self.keys[layer, : len(positions)], self.values[layer, : len(positions)]
-        keys[rows, :, positions] = k
-        values[rows, :, positions] = v
-        return keys, values
+    def share(self, block: int) -> None:
+        """One user more for a block that is held."""
+        self.users[block] += 1
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+    def release(self, blocks: Sequence[int]) -> None:
+        """One user fewer for each; a block without users is free."""
+        for block in blocks:
+            self.users[block] -= 1
+            if not self.users[block]:
+                heapq.heappush(self.free, block)
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """The contents of blocks to others, all layers."""
+        self.keys[:, targets] = self.keys[:, sources]
+        self.values[:, targets] = self.values[:, sources]
+
+    def places(self, slots: Tensor) -> Tensor:
+        """For `write`: where each token's K heads lie, (T · K,), for slots (T,) int64 (block · BLOCK + place in it)."""
+        heads = torch.arange(self.keys.shape[2], device=slots.device)
+        return (((slots // BLOCK)[:, None] * len(heads) + heads) * BLOCK + (slots % BLOCK)[:, None]).flatten()
+
+    def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v (T, K, D) at their `places`."""
+        self.keys[layer].flatten(0, 2).index_copy_(0, places, k.flatten(0, 1))
+        self.values[layer].flatten(0, 2).index_copy_(0, places, v.flatten(0, 1))
+
+
+class PrefixTree:
+    """Which prompts begin alike, in whole blocks, and the cache blocks that hold what they begin with.
+
+    A node stands for all that a prompt begins with up to the end of one of its blocks. All prompts are entered before
+    the first is computed, so that it is known who still needs what: a block is kept as long as that is somebody.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.nodes: dict[tuple, int] = {}  # (parent, tokens of the block): node
+        self.expected: Counter[int] = Counter()  # prompts through each node that have not been computed
+        self.blocks: dict[int, int] = {}  # node: block, of what has been computed
+
+    def enter(self, prompt: Sequence[int]) -> list[int]:
+        """The nodes that a prompt goes through; its last token is in none of them, since its output is needed."""
+        path, node = [], 0
+        for start in range(0, len(prompt) - BLOCK, BLOCK):
+            node = self.nodes.setdefault((node, tuple(prompt[start : start + BLOCK])), len(self.nodes) + 1)
+            path.append(node)
+        self.expected.update(path)
+        return path
+
+    def find(self, path: Sequence[int]) -> list[int]:
+        """The blocks that are there of a prompt's beginning."""
+        found = []
+        for node in path:
+            if node not in self.blocks:
+                break
+            found.append(self.blocks[node])
+        return found
+
+    def leave(self, path: Sequence[int], blocks: Sequence[int]) -> None:
+        """A prompt has been given blocks: keep those that others wait for, and let go what none does any more."""
+        for node, block in zip(path, blocks, strict=False):
+            self.expected[node] -= 1
+            if self.expected[node] and node not in self.blocks:
+                self.blocks[node] = block
+                self.cache.share(block)
+            elif not self.expected[node] and node in self.blocks:
+                self.cache.release([self.blocks.pop(node)])
+
+    def clear(self) -> None:
+        """Keep nothing; what is needed again is computed again."""
+        self.cache.release(list(self.blocks.values()))
+        self.blocks.clear()

@@ -1,12 +1,16 @@
-"""The sampler: ragged prompts, a KV cache, slots that are refilled as rows finish (continuous batching).
+"""The sampler: ragged prompts, a paged KV cache, rows that are replaced as they end (continuous batching).
 
 A row's tokens depend on its own prompt, the seed and its id, never on its neighbours. Three things make that so: a
-stream of random numbers per row; operations whose result for one row does not change with the others (`GROUP`); and
-a nucleus that is cut by value, so that ties don't depend on the order of a sort.
+stream of random numbers per row; operations whose result for one row does not change with the others (`GROUP`, and
+attention block by block); and a nucleus that is cut by value, so that ties don't depend on the order of a sort.
+
+Cache, prefix tree and CUDA graphs live as long as one call of `generate`: nothing of one set of weights is left when
+the next call finds others (an adapter trained further, put on or taken off).
 """
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +20,20 @@ from torch import Tensor
 
 from base.errors import UserError
 from model.attention import Decode, Prefill, Shared
-from model.cache import KVCache
+from model.cache import BLOCK, KVCache, PrefixTree
 from model.decoder import Decoder
+
+if torch.cuda.is_available():
+    from model import kernels
 
 # Matrix products get a multiple of this many rows. Below 12 rows, MKL picks another kernel for other numbers of rows
 # and sums in another order; for multiples of 4 a row is the same to the bit in any batch (LOG.md, 2026-11-24).
 GROUP = 4
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its activations
+# Steps that a GPU takes before the host looks at their tokens. A row that ends among them is computed to the last of
+# them in vain: 4 tokens on average, for one wait in 8 steps
+STEPS = 8
+GIB = 2**30
 
 
 @dataclass
@@ -38,62 +49,91 @@ class Response:
 
 @dataclass
 class _Row:
-    """A row on its way: in the cache slot of its index among the rows."""
+    """A row on its way."""
 
     prompt: Sequence[int]
     response: Response
     limit: int  # most tokens to sample
-    uniforms: np.ndarray  # (limit,) float64
+    uniforms: np.ndarray  # (limit + STEPS,) float64
+    path: list[int] = field(default_factory=list)  # its nodes in the prefix tree
+    blocks: list[int] = field(default_factory=list)  # of the cache
+    cached: int = 0  # tokens of the prompt that another row has computed, or computes in the same pass
 
     @property
-    def position(self) -> int:
-        """Of the last sampled token, which the next step feeds in."""
-        return len(self.prompt) + len(self.response.tokens) - 1
+    def length(self) -> int:
+        """Tokens so far; the last sampled one is not in the cache yet, the next step feeds it in."""
+        return len(self.prompt) + len(self.response.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Most blocks it can need."""
+        return _blocks(len(self.prompt) + self.limit)
 
 
 class Sampler:
     """Samples responses from a decoder (with or without an adapter attached)."""
 
     def __init__(self, model: Decoder, stop_ids: frozenset[int], *, max_new_tokens: int, temperature: float = 0.0,
-                 top_p: float = 1.0, top_k: int = 0, seed: int = 0, slots: int = 64) -> None:
-        """Temperature 0 is greedy; top_p 1 and top_k 0 cut nothing; `slots` rows are sampled at a time."""
+                 top_p: float = 1.0, top_k: int = 0, seed: int = 0, slots: int | None = None,
+                 kv_memory: float | None = None, share_prefixes: bool = True) -> None:
+        """Temperature 0 is greedy; top_p 1 and top_k 0 cut nothing.
+
+        At most `slots` rows are sampled at a time (64, on a GPU 256), in a cache of at most `kv_memory` GiB (what is
+        free). Neither changes a row, nor does `share_prefixes`, which computes what prompts begin with once.
+        """
         self.model, self.stop_ids = model, stop_ids
-        self.max_new_tokens, self.seed, self.slots = max_new_tokens, seed, slots
+        self.max_new_tokens, self.seed = max_new_tokens, seed
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.slots = slots or (256 if model.device.type == "cuda" else 64)
+        self.kv_memory, self.share_prefixes = kv_memory, share_prefixes
+        self.peak_cache_bytes = 0  # of the last call of `generate`: the blocks in use when they were most
 
     def generate(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> Iterator[Response]:
-        """Sample one response to each (id, token ids), yielding each as it finishes."""
+        """Sample one response to each (id, token ids), yielding each as it finishes.
+
+        A UserError says what a prompt or the cache's memory lacks, before anything is sampled.
+        """
         waiting = [self._row(id, prompt) for id, prompt in reversed(prompts)]
         if not waiting:
             return
-        slots = -(-min(self.slots, len(waiting)) // GROUP) * GROUP
-        capacity = max(len(row.prompt) + row.limit for row in waiting)
-        cache = KVCache(self.model.config, slots, capacity, self.model.device, self.model.embed_tokens.weight.dtype)
-        rows: list[_Row] = []
-        while waiting or rows:
-            if waiting and len(rows) < min(self.slots, slots):
-                new = [waiting.pop()]
-                while waiting and len(rows) + len(new) < min(self.slots, slots) and (
-                    sum(len(row.prompt) for row in new) + len(waiting[-1].prompt) <= PREFILL_TOKENS
-                ):
-                    new.append(waiting.pop())
-                self._accept(new, self._prefill(cache, new, first_slot=len(rows)))
-                rows += new
+        cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
+        tree = PrefixTree(cache)
+        if self.share_prefixes:
+            for row in waiting:
+                row.path = tree.enter(row.prompt)
+        steps = _Steps(self, cache, width=max(row.longest for row in waiting) + 1)
+        live: list[_Row] = []
+        while waiting or live:
+            new = self._admit(waiting, live, cache, tree)
+            if new:
+                self._accept(new, *self._prefill(cache, new))
+                self._part(cache, tree, new)
+                live += new
             else:
-                self._accept(rows, self._decode(cache, rows))
-            for i in reversed(range(len(rows))):
-                if rows[i].response.finish_reason:
-                    yield rows[i].response
-                    # The last row moves into the hole, so that the live ones stay the first of the cache
-                    last = rows.pop()
-                    if i < len(rows):
-                        cache.move(len(rows), i, last.position)
-                        rows[i] = last
+                self._grow(waiting, live, cache, tree, steps.count)
+                self._accept(live, *steps(live))
+            ended = [row for row in live if row.response.finish_reason]
+            live = [row for row in live if not row.response.finish_reason]
+            self.peak_cache_bytes = cache.peak * KVCache.block_bytes(self.model.config, self._dtype)
+            for row in ended:
+                cache.release(row.blocks)
+                yield row.response
+
+    def cache_bytes(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> int:
+        """Memory of the KV cache that `generate` will allocate for these prompts."""
+        blocks = self._cache_blocks([self._row(id, prompt) for id, prompt in prompts])
+        return (blocks + 1) * KVCache.block_bytes(self.model.config, self._dtype)
 
     def limit(self, id: str, prompt: Sequence[int]) -> int:
-        """Most tokens that can be sampled for this prompt; a UserError if the context has no room for one."""
+        """Most tokens that can be sampled for this prompt; a UserError if it is empty, holds an id that the model
+        lacks, or leaves no room in the context."""
         vocab, context = self.model.config.vocab_size, self.model.config.max_positions
-        assert prompt and min(prompt) >= 0 and max(prompt) < vocab, f"{id}: token ids must be in [0, {vocab})"
+        if not prompt:
+            raise UserError(f"the prompt of {id} is empty: not one token to answer to")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            wrong = next(token for token in prompt if not 0 <= token < vocab)
+            raise UserError(f"the prompt of {id} has the token id {wrong}, and the model knows 0 to {vocab - 1}: its "
+                            "tokenizer belongs to another model")
         if len(prompt) >= context:
             raise UserError(f"the prompt of {id} has {len(prompt)} tokens, and the model's context holds {context} "
                             "with the response; leave it out")
@@ -101,50 +141,235 @@ class Sampler:
 
     def _row(self, id: str, prompt: Sequence[int]) -> _Row:
         limit = self.limit(id, prompt)
-        uniforms = row_uniforms(self.seed, id, limit) if self.temperature > 0 else np.zeros(limit)
+        # those behind the limit choose tokens that a GPU samples before the host has looked
+        uniforms = np.zeros(limit + STEPS)
+        if self.temperature > 0:
+            uniforms[:limit] = row_uniforms(self.seed, id, limit)
         return _Row(prompt, Response(id, len(prompt)), limit, uniforms)
 
-    @torch.inference_mode()
-    def _prefill(self, cache: KVCache, new: list[_Row], first_slot: int) -> Tensor:
-        """Logits (len(new), V) of the first token of each response; fills slots from `first_slot` on."""
-        tokens, positions, lengths, last = _pack([row.prompt for row in new], self.model.device)
-        slots = range(first_slot, first_slot + len(new))
-        hidden = self.model(tokens, positions, Prefill(cache, slots, lengths))  # (T, E)
-        return self.model.logits(hidden[last])[: len(new)]
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def _cache_blocks(self, rows: Sequence[_Row]) -> int:
+        """Blocks within the budget, and no more than `slots` rows like the longest could fill."""
+        size = KVCache.block_bytes(self.model.config, self._dtype)
+        budget = free_memory(self.model.device) if self.kv_memory is None else int(self.kv_memory * GIB)
+        # its prompt twice: while the prefix tree holds a prompt's blocks, the row may have its own beside them
+        needs = {row.response.id: row.longest + _blocks(len(row.prompt)) + 1 for row in rows}
+        id = max(needs, key=needs.get)
+        if budget < (needs[id] + 1) * size:  # with the scratch block
+            raise UserError(f"the KV cache may take {budget / GIB:.3f} GiB, and {id} alone needs "
+                            f"{(needs[id] + 1) * size / GIB + 0.0005:.3f}: raise --kv-memory or lower --max-new-tokens")
+        return min(budget // size - 1, needs[id] * min(self.slots, len(rows)))
+
+    def _admit(self, waiting: list[_Row], live: list[_Row], cache: KVCache, tree: PrefixTree) -> list[_Row]:
+        """Rows to begin with, taken from `waiting` and given blocks for their prompts: as many as there is room for."""
+        new, tokens = [], 0
+        while waiting and len(live) + len(new) < self.slots:
+            row = waiting[-1]
+            shared = tree.find(row.path)
+            count = _blocks(len(row.prompt)) - len(shared)
+            own = len(row.prompt) - len(shared) * BLOCK  # tokens to compute
+            # as many blocks again as its path has for `_part`, and one for each row to grow into
+            room = len(cache.free) - sum(len(other.path) for other in new) - len(live) - len(new)
+            full = room < count + len(row.path) + 1
+            if full and not live and not new:
+                assert tree.blocks, "an empty cache holds any row: _cache_blocks saw to it"
+                tree.clear()
+                continue
+            if full or (new and tokens + own > PREFILL_TOKENS):
+                break
+            for block in shared:
+                cache.share(block)
+            row.blocks, row.cached = shared + cache.take(count), len(shared) * BLOCK
+            tree.leave(row.path, row.blocks)
+            new.append(waiting.pop())
+            tokens += own
+        return new
 
     @torch.inference_mode()
-    def _decode(self, cache: KVCache, rows: list[_Row]) -> Tensor:
-        """Logits (len(rows), V) of the next token of each row."""
-        padding = [0] * (-len(rows) % GROUP)  # idle slots: they write to their own position 0, which nobody reads
-        tokens = torch.tensor([row.response.tokens[-1] for row in rows] + padding, device=self.model.device)
-        positions = [row.position for row in rows]
-        longest = max(positions) + 1
-        positions = torch.tensor(positions + padding, device=self.model.device)
-        hidden = self.model(tokens, positions, Decode(cache, positions, longest))  # (B, E)
-        return self.model.logits(hidden)[: len(rows)]
+    def _prefill(self, cache: KVCache, new: list[_Row]) -> tuple[Tensor, Tensor]:
+        """First token of each row and its log-probability, both (len(new), 1); fills the rows' blocks."""
+        device = self.model.device
+        table = _table([row.blocks for row in new], max(len(row.blocks) for row in new))
+        offsets = [row.cached for row in new]
+        tokens, positions, lengths, last = _pack([row.prompt[row.cached :] for row in new])
+        which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        padding = which >= len(new)
+        positions = positions + torch.tensor([*offsets, 0])[which]
+        slots = table[which.where(~padding, 0), positions // BLOCK] * BLOCK + positions % BLOCK
+        slots = slots.where(~padding, 0)
+        attend = Prefill(cache, slots.long().to(device), table.to(device), lengths[: len(new)], offsets)
+        hidden = self.model(tokens.to(device), positions.to(device), attend)  # (T, E)
+        uniforms = torch.tensor([row.uniforms[0] for row in new], dtype=torch.float64, device=device)
+        chosen, logprobs = self._choose(self.model.logits(hidden[last.to(device)])[: len(new)], uniforms)
+        return chosen[:, None], logprobs[:, None]
 
-    @torch.inference_mode()
-    def _accept(self, rows: list[_Row], logits: Tensor) -> None:
-        """Choose each row's next token from its logits (B, V) and see which rows end with it."""
-        uniforms = torch.tensor([row.uniforms[len(row.response.tokens)] for row in rows], dtype=torch.float64)
-        chosen = choose(logits, uniforms.to(logits.device), self.temperature, self.top_p, self.top_k)
-        # log_softmax goes row by row; logsumexp would share one long row out among the threads, and round otherwise
-        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+    def _part(self, cache: KVCache, tree: PrefixTree, new: list[_Row]) -> None:
+        """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
+        block to have one owner; a GPU's kernel reads shared ones."""
+        if cache.keys.is_cuda:
+            return
+        sources, targets = [], []
+        for row in new:
+            for i, block in enumerate(row.blocks):
+                if cache.users[block] > 1:
+                    cache.release([block])
+                    row.blocks[i] = cache.take(1)[0]
+                    sources.append(block)
+                    targets.append(row.blocks[i])
+        cache.copy(sources, targets)
+
+    def _grow(self, waiting: list[_Row], live: list[_Row], cache: KVCache, tree: PrefixTree, count: int) -> None:
+        """Give each live row the blocks that its next `count` tokens need. Where there are none left, the row that came
+        last goes back to the waiting ones, to be begun anew: its tokens will be the same."""
+        for row in list(live):
+            if row not in live:
+                continue
+            need = _blocks(min(row.length + count - 1, len(row.prompt) + row.limit)) - len(row.blocks)
+            if need > len(cache.free):
+                tree.clear()
+            while need > len(cache.free):
+                last = live.pop()
+                cache.release(last.blocks)
+                last.response = Response(last.response.id, len(last.prompt))
+                last.path = tree.enter(last.prompt) if self.share_prefixes else []
+                waiting.append(last)
+            if row in live:
+                row.blocks += cache.take(max(need, 0))
+
+    def _accept(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor) -> None:
+        """Add sampled tokens (B, steps) to the rows, each up to its end: the one place where the host waits."""
+        for row, sampled, natural in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             response = row.response
-            if not math.isfinite(logprob):
-                raise UserError(f"the model's output for {response.id} is not finite: its weights or its adapter are "
-                                "damaged, or --dtype float16 is too narrow for it")
-            response.tokens.append(token)
-            response.logprobs.append(logprob)
-            if token in self.stop_ids:
-                response.finish_reason = "stop"
-            elif len(response.tokens) == row.limit:
-                response.finish_reason = "length"
+            for token, logprob in zip(sampled, natural, strict=True):
+                if not math.isfinite(logprob):
+                    raise UserError(f"the model's output for {response.id} is not finite: its weights or its adapter "
+                                    "are damaged, or --dtype float16 is too narrow for it")
+                response.tokens.append(token)
+                response.logprobs.append(logprob)
+                if token in self.stop_ids:
+                    response.finish_reason = "stop"
+                elif len(response.tokens) == row.limit:
+                    response.finish_reason = "length"
+                if response.finish_reason:
+                    break
+
+    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's next token (B,) and its log-probability (B,), from logits (B, V) and uniform numbers (B,)."""
+        chosen = choose(logits, uniforms, self.temperature, self.top_p, self.top_k)
+        # log_softmax goes row by row; logsumexp would share one long row out among the threads, and round otherwise
+        return chosen, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
 
 
-def _pack(prompts: Sequence[Sequence[int]], device: torch.device,
-          prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor, list[int], Tensor]:
+class _Steps:
+    """Decode steps in which the device goes on with the tokens that it chose: `count` of them between two looks of the
+    host. On a GPU a step is a CUDA graph, one for each number of rows in `_bucket`."""
+
+    def __init__(self, sampler: Sampler, cache: KVCache, width: int) -> None:
+        """`width`: blocks in a row's table; the positions that `count` steps may go beyond a row's end included."""
+        self.sampler, self.cache = sampler, cache
+        self.device, slots = sampler.model.device, _bucket(sampler.slots)
+        self.count = steps_at_once(self.device)
+        place = {"device": self.device}
+        self.tokens = torch.zeros(slots, dtype=torch.long, **place)
+        self.positions = torch.zeros(slots, dtype=torch.long, **place)
+        self.table = torch.zeros(slots, width, dtype=torch.int32, **place)
+        self.uniforms = torch.zeros(slots, self.count, dtype=torch.float64, **place)
+        self.chosen = torch.zeros(slots, self.count, dtype=torch.long, **place)
+        self.logprobs = torch.zeros(slots, self.count, **place)
+        self.index = torch.zeros(1, dtype=torch.long, **place)  # of the step among the `count`
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
+        """The rows' next tokens and their log-probabilities, both (len(rows), count)."""
+        idle = _bucket(len(rows)) - len(rows)  # rows of padding, whose blocks are scratch
+        count = len(rows) + idle
+        done = [len(row.response.tokens) for row in rows]
+        self.tokens[:count] = torch.tensor([row.response.tokens[-1] for row in rows] + [0] * idle)
+        self.positions[:count] = torch.tensor([row.length - 1 for row in rows] + [0] * idle)
+        self.table[:count] = _table([row.blocks for row in rows] + [[]] * idle, self.table.shape[1])
+        uniforms = np.stack([row.uniforms[i : i + self.count] for row, i in zip(rows, done, strict=True)])
+        self.uniforms[: len(rows)] = torch.from_numpy(uniforms)
+        self.index.zero_()
+        for _ in range(self.count):
+            if self.device.type == "cuda":
+                self._graph(count).replay()
+            else:
+                self._step(count)
+        return self.chosen[: len(rows)], self.logprobs[: len(rows)]
+
+    def _step(self, count: int) -> None:
+        """One step of the first `count` rows, from buffers to buffers."""
+        model, tokens, positions = self.sampler.model, self.tokens[:count], self.positions[:count]
+        splits = 1
+        if self.device.type == "cuda":
+            cores = torch.cuda.get_device_properties(self.device).multi_processor_count
+            splits = kernels.num_splits(count, model.config.num_kv_heads, self.table.shape[1] * BLOCK, cores)
+        hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions, splits))  # (B, E)
+        uniforms = self.uniforms[:count].index_select(1, self.index)[:, 0]
+        chosen, logprobs = self.sampler._choose(model.logits(hidden), uniforms)
+        self.chosen[:count].index_copy_(1, self.index, chosen[:, None])
+        self.logprobs[:count].index_copy_(1, self.index, logprobs[:, None])
+        tokens.copy_(chosen)
+        positions += 1
+        self.index += 1
+
+    def _graph(self, count: int) -> "torch.cuda.CUDAGraph":
+        """The captured step for `count` rows. What warming up writes to the buffers is put right again."""
+        if count not in self.graphs:
+            buffers = (self.tokens, self.positions, self.index)
+            before = [buffer.clone() for buffer in buffers]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step(count)  # compiles the kernels and sets cuBLAS up, which capturing forbids
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(count)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            self.graphs[count] = graph
+        return self.graphs[count]
+
+
+def steps_at_once(device: torch.device) -> int:
+    """Steps between two looks of the host: on the CPU it has nothing to wait for."""
+    return STEPS if device.type == "cuda" else 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a KV cache may take: what is free, but for a reserve for the activations and for others."""
+    if device.type == "cuda":
+        return int(0.85 * torch.cuda.mem_get_info(device)[0])
+    if os.path.exists("/proc/meminfo"):  # Linux: what can be had without swapping, in kB
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 3 // 4
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _blocks(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // BLOCK)
+
+
+def _bucket(rows: int) -> int:
+    """Rows that a step computes for so many: a multiple of GROUP on the CPU's account, and few different numbers for
+    the graphs' sake: GROUP, 8, 16, ... 64, then multiples of 64."""
+    if rows > 64:
+        return -(-rows // 64) * 64
+    return max(GROUP, 1 << (rows - 1).bit_length())
+
+
+def _table(blocks: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Rows' blocks as (len(blocks), width) int32; behind a row's last block the scratch block."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in blocks], dtype=torch.int32)
+
+
+def _pack(prompts: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor, list[int], Tensor]:
     """Prompts one behind the other: tokens (T,), positions (T,), lengths, and the place of each prompt's last token.
 
     Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0. A `prefix` comes
@@ -157,7 +382,7 @@ def _pack(prompts: Sequence[Sequence[int]], device: torch.device,
     tokens = torch.tensor([*prefix, *(token for prompt in prompts for token in prompt)] + [0] * padding)
     lengths += [padding] * (padding > 0)
     positions = torch.cat([torch.arange(len(prefix)), *(len(prefix) + torch.arange(length) for length in lengths)])
-    return tokens.to(device), positions.to(device), lengths, last.to(device)
+    return tokens, positions, lengths, last
 
 
 def row_uniforms(seed: int, id: str, count: int) -> np.ndarray:
@@ -190,8 +415,9 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 
 def _nucleus_cut(probabilities: Tensor, top_p: float) -> Tensor:
     """(B, 1) probability of the least likely token of each row's nucleus; rows need not add up to 1."""
     top_p = top_p * probabilities.cumsum(-1, dtype=torch.float64)[:, -1:]
-    # Sorting all of a 150k vocabulary costs as much as a decode step, and the nucleus is nearly always in the top 1024
-    for width in (1024, probabilities.shape[-1]):
+    # Sorting all of a 150k vocabulary costs as much as a decode step, and the nucleus is nearly always in the top 1024;
+    # but to ask whether it is, the host would have to wait for a GPU, which sorts quickly
+    for width in (probabilities.shape[-1],) if probabilities.is_cuda else (1024, probabilities.shape[-1]):
         likeliest = probabilities.topk(min(width, probabilities.shape[-1])).values
         mass = likeliest.cumsum(-1, dtype=torch.float64)
         if width >= probabilities.shape[-1] or bool((mass[:, -1] >= top_p).all()):
@@ -214,8 +440,9 @@ def score_next(model: Decoder, prompts: Sequence[Sequence[int]], choices: Sequen
         full = i + 1 == len(prompts) or sum(map(len, batch)) + len(prompts[i + 1]) > PREFILL_TOKENS
         if not full:
             continue
-        tokens, positions, lengths, last = _pack(batch, model.device, prompts[0][:prefix])
-        hidden = model(tokens, positions, Shared(prefix, lengths))[last]  # (N, E)
+        tokens, positions, lengths, last = _pack(batch, prompts[0][:prefix])
+        hidden = model(tokens.to(model.device), positions.to(model.device), Shared(prefix, lengths))
+        hidden = hidden[last.to(model.device)]  # (N, E)
         # The choices again in float32: bfloat16 logits are so coarse that the best two of four often tie
         scores = hidden.float() @ model.lm_head.weight[list(choices)].float().T  # (N, choices)
         found.append((scores - model.logits(hidden).logsumexp(-1, keepdim=True))[: len(batch)].cpu())

@@ -5,14 +5,18 @@ import torch
 
 from model.attention import (
     Decode,
-    attend_cached,
+    Pages,
     attend_cached_reference,
     attend_packed,
     attend_packed_reference,
+    attend_pages,
+    attend_prompts,
     attend_shared,
     attend_shared_reference,
+    query_tiles,
+    rotate,
 )
-from model.cache import KVCache
+from model.cache import BLOCK, KVCache, PrefixTree
 from model.config import ModelConfig
 
 
@@ -55,16 +59,55 @@ def test_shared_equals_reference(heads: int, kv_heads: int, prefix: int) -> None
         assert relative(attend_shared(q, k, v, prefix, lengths)[prefix + 1 : prefix + 18], alone[prefix:]) < 1e-5
 
 
+def scattered(lengths: list[int], kv_heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values (blocks, K, BLOCK, D) and the table of rows whose blocks lie scattered among free ones."""
+    counts = [-(-length // BLOCK) for length in lengths]
+    blocks = (torch.randperm(2 * sum(counts)) + 1)[: sum(counts)].split(counts)
+    table = torch.zeros(len(lengths), max(counts) + 1, dtype=torch.int32)
+    for row, held in zip(table, blocks, strict=True):
+        row[: len(held)] = held
+    shape = (2 * sum(counts) + 1, kv_heads, BLOCK, dim)
+    return torch.randn(shape), torch.randn(shape), table
+
+
+SHAPES = pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1), (8, 2)])
+
+
 @pytest.mark.parametrize("dim", [64, 80, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1), (8, 2)])
-def test_cached_equals_reference(heads: int, kv_heads: int, dim: int) -> None:
+@SHAPES
+def test_decoding_equals_reference(heads: int, kv_heads: int, dim: int) -> None:
     torch.manual_seed(0)
-    lengths = [1, 33, 64, 50]
-    q = torch.randn(4, heads, dim)
-    keys, values = torch.randn(4, kv_heads, 64, dim), torch.randn(4, kv_heads, 64, dim)
-    mask = torch.zeros(4, 64).masked_fill(torch.arange(64) >= torch.tensor(lengths)[:, None], float("-inf"))
-    expected = attend_cached_reference(q, keys, values, lengths)
-    assert relative(attend_cached(q, keys, values, mask), expected) < 1e-5
+    lengths = [1, 33, 64, 50, 32, 200]
+    keys, values, table = scattered(lengths, kv_heads, dim)
+    q = torch.randn(len(lengths), heads, dim)
+    expected = attend_cached_reference(q, keys, values, table, range(len(lengths)), lengths)
+    assert relative(attend_pages(q, keys, values, Pages(table, torch.tensor(lengths))), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@SHAPES
+def test_prompts_equal_reference(heads: int, kv_heads: int, dim: int) -> None:
+    """Prompts of all lengths around a block's, some behind a beginning that was computed before."""
+    torch.manual_seed(0)
+    offsets, lengths = [0, 32, 0, 64, 0], [1, 40, 32, 3, 100]
+    ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+    keys, values, table = scattered(ends, kv_heads, dim)
+    q = torch.randn(sum(lengths) + 4, heads, dim)  # with four tokens of padding
+    found = attend_prompts(q, keys, values, query_tiles(table, lengths, offsets))
+    rows = [row for row, length in enumerate(lengths) for _ in range(length)]
+    seen = [end for first, last in zip(offsets, ends, strict=True) for end in range(first + 1, last + 1)]
+    expected = attend_cached_reference(q[:-4], keys, values, table, rows, seen)
+    assert relative(found[:-4], expected) < 1e-5
+    assert not found[-4:].any()
+
+
+def test_a_prompt_is_the_same_to_the_bit_in_two_passes() -> None:
+    torch.manual_seed(0)
+    keys, values, table = scattered([100, 90], 2, 64)
+    q = torch.randn(100, 6, 64)
+    whole = attend_prompts(q, keys, values, query_tiles(table[:1], [100], [0]))
+    behind = attend_prompts(q[64:], keys, values, query_tiles(table[:1], [36], [64]))
+    assert torch.equal(whole[64:], behind)
 
 
 def test_decode_reads_what_was_appended() -> None:
@@ -72,11 +115,44 @@ def test_decode_reads_what_was_appended() -> None:
     torch.manual_seed(0)
     config = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False,
                          False, ())
-    cache = KVCache(config, slots=4, capacity=32, device=torch.device("cpu"), dtype=torch.float32)
-    q, k, v = torch.randn(20, 4, 16), torch.randn(20, 2, 16), torch.randn(20, 2, 16)
-    expected = attend_packed_reference(q, k, v, [20])
-    for i in range(20):
-        positions = torch.full((4,), i)
-        attend = Decode(cache, positions, longest=i + 1)
-        mixed = attend(0, *(x[i].expand(4, *x.shape[1:]) for x in (q, k, v)))
+    cache = KVCache(config, blocks=8, device=torch.device("cpu"), dtype=torch.float32)
+    q, k, v = torch.randn(40, 4, 16), torch.randn(40, 2, 16), torch.randn(40, 2, 16)
+    angles = torch.randn(40, 1, 8)
+    rotation = angles.cos(), angles.sin()
+    expected = attend_packed_reference(rotate(q, *rotation), rotate(k, *rotation), v, [40])
+    table = torch.tensor([cache.take(2) for _ in range(4)], dtype=torch.int32)
+    for i in range(40):
+        attend = Decode(cache, table, positions=torch.full((4,), i))
+        now = [x[i].expand(4, *x.shape[1:]) for x in (q, k, v, *rotation)]
+        mixed = attend(0, *now[:3], tuple(now[3:]))
         assert relative(mixed, expected[i].expand_as(mixed)) < 1e-5
+
+
+def test_rotary_angles_turn_pairs() -> None:
+    x, angle = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]]), torch.full((1, 1, 2), torch.pi / 2)
+    assert torch.allclose(rotate(x, angle.cos(), angle.sin()), torch.tensor([[[0.0, -2.0, 1.0, 0.0]]]), atol=1e-6)
+
+
+def test_prefix_tree_keeps_what_somebody_waits_for() -> None:
+    config = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False,
+                         False, ())
+    cache = KVCache(config, blocks=20, device=torch.device("cpu"), dtype=torch.float32)
+    tree = PrefixTree(cache)
+    common = list(range(2 * BLOCK))
+    prompts = [common + [1], common + [2, 3], common[:BLOCK] + [4] * BLOCK, common[: BLOCK + 1], common[:BLOCK]]
+    paths = [tree.enter(prompt) for prompt in prompts]
+    # the last token is in no node; equal beginnings are one node, equal blocks behind another beginning are not
+    assert [len(path) for path in paths] == [2, 2, 1, 1, 0]
+    assert paths[0] == paths[1] and len({path[0] for path in paths[:4]}) == 1
+    held = []
+    for path, prompt in zip(paths, prompts, strict=True):
+        shared = tree.find(path)
+        for block in shared:
+            cache.share(block)
+        held.append(shared + cache.take(-(-len(prompt) // BLOCK) - len(shared)))
+        tree.leave(path, held[-1])
+    assert held[1][:2] == held[0][:2] and held[2][0] == held[3][0] == held[0][0]
+    assert not tree.blocks  # nobody waits any more
+    for blocks in held:
+        cache.release(blocks)
+    assert sorted(cache.free) == list(range(1, 21))  # and what all have released is free again

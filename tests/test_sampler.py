@@ -12,6 +12,7 @@ from base.hub import model_folder
 from data.prompts import load_prompts
 from model import lora, weights
 from model.attention import Packed
+from model.cache import KVCache
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
@@ -68,6 +69,93 @@ def test_rows_do_not_depend_on_their_batch(model: Decoder, temperature: float) -
         assert sample(model, prompts[::-1], temperature=temperature, stop_ids=stop, slots=slots) == together
     for prompt in prompts:
         assert sample(model, [prompt], temperature=temperature, stop_ids=stop) == {prompt[0]: together[prompt[0]]}
+
+
+def test_shared_prefixes_change_no_row(model: Decoder) -> None:
+    """Computed once or by each row: the same tokens and log-probabilities, to the bit, and less work."""
+    header = list(range(50, 130))
+    prompts = [(f"{id} {copy}", header[: 80 - 7 * i] + prompt)
+               for i, (id, prompt) in enumerate(ragged_prompts(model.config.vocab_size, 6)) for copy in range(3)]
+    seen = []
+
+    def count(module: torch.nn.Module, arguments: tuple) -> None:
+        seen.append(len(arguments[0]))
+
+    hook = model.register_forward_pre_hook(count)
+    alone = sample(model, prompts, temperature=1.0, share_prefixes=False, slots=5)
+    without, seen = sum(seen), []
+    assert sample(model, prompts, temperature=1.0, slots=5) == alone
+    hook.remove()
+    assert sum(seen) < without - 1000  # 2 blocks of 32 tokens for nearly each of 18 prompts
+
+
+def test_memory_changes_no_row(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for two or three rows at their full length: rows are put back and begun anew, and come out the same."""
+    prompts = [(id, prompt * 2) for id, prompt in ragged_prompts(model.config.vocab_size)]
+    block = KVCache.block_bytes(model.config, torch.float32)
+    free = sample(model, prompts, temperature=1.0, max_new_tokens=90)
+    sampler = Sampler(model, NOTHING, max_new_tokens=90, temperature=1.0, kv_memory=15 * block / 2**30)
+    begun, admit = [], sampler._admit
+
+    def counting(*arguments: object) -> list:
+        rows = admit(*arguments)
+        begun.extend(rows)
+        return rows
+
+    monkeypatch.setattr(sampler, "_admit", counting)
+    assert {response.id: response for response in sampler.generate(prompts)} == free
+    assert len(begun) > len(prompts)  # some were begun twice
+    assert sampler.peak_cache_bytes <= 14 * block
+
+
+def test_memory_too_small_for_a_row(model: Decoder) -> None:
+    sampler = Sampler(model, NOTHING, max_new_tokens=90, kv_memory=5 * KVCache.block_bytes(model.config,
+                                                                                          torch.float32) / 2**30)
+    with pytest.raises(UserError, match=r"long alone needs 0\.00\d: raise --kv-memory or lower --max-new-tokens"):
+        next(sampler.generate([("short", [5]), ("long", [5] * 60)]))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([], "is empty"), ([5, 9999], "token id 9999"), ([-1], "token id -1")])
+def test_prompts_that_cannot_be(model: Decoder, prompt: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        next(Sampler(model, NOTHING, max_new_tokens=4).generate([("x", prompt)]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_steps_between_two_looks_of_the_host(model: Decoder, temperature: float,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which goes on with tokens of rows that have ended: the same rows."""
+    prompts = ragged_prompts(model.config.vocab_size)
+    stop = frozenset(range(0, 300, 25))
+    expected = sample(model, prompts, temperature=temperature, stop_ids=stop, slots=5)
+    monkeypatch.setattr("model.sampler.steps_at_once", lambda device: 8)
+    assert sample(model, prompts, temperature=temperature, stop_ids=stop, slots=5) == expected
+
+
+def test_an_adapter_that_moves_under_the_sampler(tiny: Path) -> None:
+    """One sampler, one set of weights: base model, adapter, the adapter trained further, base model again."""
+    model = weights.load(tiny, torch.device("cpu"), torch.float32)
+    prompts = ragged_prompts(model.config.vocab_size)
+    sampler = Sampler(model, NOTHING, max_new_tokens=20)
+
+    def rows() -> dict[str, list[int]]:
+        return {response.id: response.tokens for response in sampler.generate(prompts)}
+
+    base = rows()
+    lora.attach(model, lora.LoRAConfig(rank=4), seed=2)
+    assert rows() == base  # B is zero
+    seen = [base]
+    for _ in range(2):
+        with torch.no_grad():
+            for adapter in lora.adapted(model).values():
+                adapter.lora_B += 0.1 * torch.randn(adapter.lora_B.shape)
+        now = rows()
+        assert now not in seen
+        for id, prompt in prompts[:4]:
+            assert now[id] == greedy_without_cache(model, prompt, 20)
+        seen.append(now)
+    lora.detach(model)
+    assert rows() == base
 
 
 def test_sampler_and_trainer_agree(model: Decoder) -> None:
