@@ -64,12 +64,12 @@ class _Cached:
     def __init__(self, cache: KVCache, slots: Tensor) -> None:
         """`slots` (T,) int64: where each token's keys and values go."""
         self.cache, self.slots = cache, slots
-        self.places = None if slots.is_cuda else cache.places(slots)
+        self.places = cache.places(slots) if slots.is_cpu else None
 
     def store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """The rotated q (T, H, D), and the layer's keys and values (blocks, K, BLOCK, D) with the new ones in them."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if q.is_cuda:
+        if not q.is_cpu:
             return kernels.rotate_and_store(q, k, v, *rotation, keys, values, self.slots), keys, values
         self.cache.write(layer, self.places, rotate(k, *rotation), v)
         return rotate(q, *rotation), keys, values
@@ -88,7 +88,7 @@ class Prefill(_Cached):
         `slots` (T,) int64 may go on behind sum(lengths), with scratch slots for padding.
         """
         super().__init__(cache, slots)
-        if table.is_cuda:
+        if not table.is_cpu:
             starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(table.device)
             self.arguments = table, starts, torch.tensor(offsets, dtype=torch.int32).to(table.device), max(lengths)
         else:
@@ -97,7 +97,7 @@ class Prefill(_Cached):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
         q, keys, values = self.store(layer, q, k, v, rotation)
-        if q.is_cuda:
+        if not q.is_cpu:
             return kernels.prefill_attention(q, keys, values, *self.arguments)
         return attend_prompts(q, keys, values, self.tiles)
 
@@ -113,12 +113,12 @@ class Decode(_Cached):
         blocks = table.gather(1, (positions // BLOCK)[:, None])[:, 0]
         super().__init__(cache, blocks * BLOCK + positions % BLOCK)
         self.table, self.lengths, self.splits = table, (positions + 1).int(), splits
-        self.pages = None if table.is_cuda else Pages(table, self.lengths)
+        self.pages = Pages(table, self.lengths) if table.is_cpu else None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(B, H, D) mixed values; see `Attend`."""
         q, keys, values = self.store(layer, q, k, v, rotation)
-        if q.is_cuda:
+        if not q.is_cpu:
             return kernels.decode_attention(q, keys, values, self.table, self.lengths, self.splits)
         return attend_pages(q, keys, values, self.pages)
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from model.attention import Attend, Rotation
 from model.config import ModelConfig
 
+if torch.cuda.is_available():  # Triton comes with torch's builds for GPUs alone
+    from model import kernels
+
 ONE_DNN = torch.backends.mkldnn.is_available()
+
+
+def fused(x: Tensor) -> bool:
+    """Whether kernels.py computes what is small: on a GPU, unless gradients are wanted."""
+    return not x.is_cpu and not torch.is_grad_enabled()
 
 
 class Linear(nn.Linear):
@@ -40,10 +48,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) to the same shape and dtype."""
+        if fused(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
         # F.rms_norm in one call would round once less than the reference in bfloat16: it scales before the cast
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of x and delta, both (…, size), and its norm."""
+        if fused(x):
+            normed, x = kernels.rms_norm(x, self.weight, self.eps, residual=delta)
+            return x, normed
+        x = x + delta
+        return x, self(x)
 
 
 class Attention(nn.Module):
@@ -83,7 +101,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) to (T, E)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) → (T, E)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (T, F)
+        return self.down_proj(kernels.silu_mul(gate, up) if fused(x) else F.silu(gate) * up)  # (T, F) → (T, E)
 
 
 class Block(nn.Module):
@@ -98,8 +117,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend, layer: int) -> Tensor:
         """(T, E) to (T, E)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, attend, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), rotation, attend, layer)
+        x, normed = self.post_attention_layernorm.add(x, attended)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -47,7 +47,7 @@ class Response:
     finish_reason: str | None = None  # "stop" | "length"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A row on its way."""
 
@@ -202,14 +202,15 @@ class Sampler:
         slots = slots.where(~padding, 0)
         attend = Prefill(cache, slots.long().to(device), table.to(device), lengths[: len(new)], offsets)
         hidden = self.model(tokens.to(device), positions.to(device), attend)  # (T, E)
+        logits = self.model.logits(hidden.index_select(0, last.to(device)))[: len(new)]
         uniforms = torch.tensor([row.uniforms[0] for row in new], dtype=torch.float64, device=device)
-        chosen, logprobs = self._choose(self.model.logits(hidden[last.to(device)])[: len(new)], uniforms)
+        chosen, logprobs = self._choose(logits, uniforms)
         return chosen[:, None], logprobs[:, None]
 
     def _part(self, cache: KVCache, tree: PrefixTree, new: list[_Row]) -> None:
         """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
         block to have one owner; a GPU's kernel reads shared ones."""
-        if cache.keys.is_cuda:
+        if not cache.keys.is_cpu:
             return
         sources, targets = [], []
         for row in new:
@@ -265,12 +266,13 @@ class Sampler:
 
 class _Steps:
     """Decode steps in which the device goes on with the tokens that it chose: `count` of them between two looks of the
-    host. On a GPU a step is a CUDA graph, one for each number of rows in `_bucket`."""
+    host. On a GPU a step is a CUDA graph, one for each number of rows that `_padded` gives."""
 
     def __init__(self, sampler: Sampler, cache: KVCache, width: int) -> None:
         """`width`: blocks in a row's table; the positions that `count` steps may go beyond a row's end included."""
         self.sampler, self.cache = sampler, cache
-        self.device, slots = sampler.model.device, _bucket(sampler.slots)
+        self.device = sampler.model.device
+        slots = self._padded(sampler.slots)
         self.count = steps_at_once(self.device)
         place = {"device": self.device}
         self.tokens = torch.zeros(slots, dtype=torch.long, **place)
@@ -281,11 +283,12 @@ class _Steps:
         self.logprobs = torch.zeros(slots, self.count, **place)
         self.index = torch.zeros(1, dtype=torch.long, **place)  # of the step among the `count`
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def __call__(self, rows: list[_Row]) -> tuple[Tensor, Tensor]:
         """The rows' next tokens and their log-probabilities, both (len(rows), count)."""
-        idle = _bucket(len(rows)) - len(rows)  # rows of padding, whose blocks are scratch
+        idle = self._padded(len(rows)) - len(rows)  # rows of padding, whose blocks are scratch
         count = len(rows) + idle
         done = [len(row.response.tokens) for row in rows]
         self.tokens[:count] = torch.tensor([row.response.tokens[-1] for row in rows] + [0] * idle)
@@ -295,17 +298,25 @@ class _Steps:
         self.uniforms[: len(rows)] = torch.from_numpy(uniforms)
         self.index.zero_()
         for _ in range(self.count):
-            if self.device.type == "cuda":
+            if self.device.type != "cpu":
                 self._graph(count).replay()
             else:
                 self._step(count)
         return self.chosen[: len(rows)], self.logprobs[: len(rows)]
 
+    def _padded(self, rows: int) -> int:
+        """Rows that a step computes for so many: a multiple of GROUP; on a GPU few numbers, each a graph: 4, 8, 16, 32,
+        64, and then multiples of 64."""
+        if self.device.type == "cpu" or rows > 64:
+            group = GROUP if self.device.type == "cpu" else 64
+            return -(-rows // group) * group
+        return max(GROUP, 1 << (rows - 1).bit_length())
+
     def _step(self, count: int) -> None:
         """One step of the first `count` rows, from buffers to buffers."""
         model, tokens, positions = self.sampler.model, self.tokens[:count], self.positions[:count]
         splits = 1
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             cores = torch.cuda.get_device_properties(self.device).multi_processor_count
             splits = kernels.num_splits(count, model.config.num_kv_heads, self.table.shape[1] * BLOCK, cores)
         hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions, splits))  # (B, E)
@@ -328,7 +339,7 @@ class _Steps:
                 self._step(count)  # compiles the kernels and sets cuBLAS up, which capturing forbids
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 self._step(count)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -338,7 +349,7 @@ class _Steps:
 
 def steps_at_once(device: torch.device) -> int:
     """Steps between two looks of the host: on the CPU it has nothing to wait for."""
-    return STEPS if device.type == "cuda" else 1
+    return 1 if device.type == "cpu" else STEPS
 
 
 def free_memory(device: torch.device) -> int:
@@ -354,14 +365,6 @@ def free_memory(device: torch.device) -> int:
 def _blocks(tokens: int) -> int:
     """Blocks that hold so many tokens."""
     return -(-tokens // BLOCK)
-
-
-def _bucket(rows: int) -> int:
-    """Rows that a step computes for so many: a multiple of GROUP on the CPU's account, and few different numbers for
-    the graphs' sake: GROUP, 8, 16, ... 64, then multiples of 64."""
-    if rows > 64:
-        return -(-rows // 64) * 64
-    return max(GROUP, 1 << (rows - 1).bit_length())
 
 
 def _table(blocks: Sequence[Sequence[int]], width: int) -> Tensor:
@@ -417,7 +420,7 @@ def _nucleus_cut(probabilities: Tensor, top_p: float) -> Tensor:
     top_p = top_p * probabilities.cumsum(-1, dtype=torch.float64)[:, -1:]
     # Sorting all of a 150k vocabulary costs as much as a decode step, and the nucleus is nearly always in the top 1024;
     # but to ask whether it is, the host would have to wait for a GPU, which sorts quickly
-    for width in (probabilities.shape[-1],) if probabilities.is_cuda else (1024, probabilities.shape[-1]):
+    for width in (probabilities.shape[-1],) if not probabilities.is_cpu else (1024, probabilities.shape[-1]):
         likeliest = probabilities.topk(min(width, probabilities.shape[-1])).values
         mass = likeliest.cumsum(-1, dtype=torch.float64)
         if width >= probabilities.shape[-1] or bool((mass[:, -1] >= top_p).all()):
