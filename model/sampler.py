@@ -317,8 +317,8 @@ class _Steps:
         model, tokens, positions = self.sampler.model, self.tokens[:count], self.positions[:count]
         splits = 1
         if self.device.type != "cpu":
-            cores = torch.cuda.get_device_properties(self.device).multi_processor_count
-            splits = kernels.num_splits(count, model.config.num_kv_heads, self.table.shape[1] * BLOCK, cores)
+            longest = self.table.shape[1] * BLOCK
+            splits = kernels.num_splits(count, model.config.num_kv_heads, longest, multiprocessors(self.device))
         hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions, splits))  # (B, E)
         uniforms = self.uniforms[:count].index_select(1, self.index)[:, 0]
         chosen, logprobs = self.sampler._choose(model.logits(hidden), uniforms)
@@ -350,6 +350,11 @@ class _Steps:
 def steps_at_once(device: torch.device) -> int:
     """Steps between two looks of the host: on the CPU it has nothing to wait for."""
     return 1 if device.type == "cpu" else STEPS
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,7 +5,6 @@ asked for one, as waiting for the device would, fails here too.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
     for module in (attention, decoder, sampler):
         monkeypatch.setattr(module, "kernels", kernels, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=8))
+    monkeypatch.setattr(sampler, "multiprocessors", lambda device: 132)
     return kernels
 
 
@@ -106,6 +105,15 @@ def test_generating(model: Decoder, kernels: Kernels, temperature: float) -> Non
     assert kernels.launched == ["norm", "rotate", "decode", "norm", "silu"] * layers + ["norm"]
     for buffer in (steps.chosen, steps.logprobs, steps.tokens, steps.positions, steps.index):
         assert buffer.device == META
+
+
+def test_launches_of_a_step() -> None:
+    """Norm, q, k, v, rotary and cache, attention in two kernels, o, norm and sum, gate, up, product, down, sum."""
+    from roofline import MODELS, launches
+
+    per_layer, rest = launches(MODELS["8B (Llama 3.1)"])
+    assert per_layer == 14 and rest < 30
+    assert launches(MODELS["4B (Qwen3)"])[0] == 16  # and norms of q and k
 
 
 def test_scoring(model: Decoder, kernels: Kernels) -> None:
