@@ -15,7 +15,8 @@ memory  the job's peak, less what a process with the same imports takes, against
 prefix  four samples to each of 32 prompts with 500 tokens in common, with and without sharing them.
 load    from the file to the first token in a fresh process, against reading the file.
 
-Needs the hub cache and, for the job, requirements-peers.txt. A table and a line of JSON come last.
+Needs the hub cache and, for the job, requirements-peers.txt. Its results follow each section, and all
+of them as a line of JSON come last.
 """
 
 import argparse
@@ -62,16 +63,16 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--against", nargs="+", choices=PEERS, default=list(PEERS), help="peers in the job")
     parser.add_argument("--prompts", type=int, default=128, help="of the job and of memory; at least 64")
-    parser.add_argument("--rounds", type=int, default=1, help="how often to do the job")
+    parser.add_argument("--rounds", type=int, default=1, help="how often to do job and prefix")
     args = parser.parse_args()
     if unknown := set(args.sections) - set(sections):
         parser.error(f"no section {', '.join(unknown)}")
     sys.stdout.reconfigure(line_buffering=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
-    results = {name: sections[name](args) for name in args.sections or sections}
-    print()
-    for section, values in results.items():
-        for name, value in values.items():
+    results = {}
+    for section in args.sections or sections:
+        results[section] = sections[section](args)
+        for name, value in results[section].items():
             print(f"{section:8} {name:48} {value:>12,}")
     print(json.dumps(results))
 
@@ -100,7 +101,7 @@ def generation_config(limit: int, stop_ids: frozenset[int], **more: object) -> o
     """Greedy, for transformers; nothing of the checkpoint's own settings."""
     from transformers import GenerationConfig
 
-    return GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(stop_ids) or -1,
+    return GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(stop_ids) or None,
                             pad_token_id=0, **more)
 
 
@@ -136,7 +137,8 @@ def generate_batch(model: nn.Module, prompts: Prompts, limit: int, stop_ids: fro
     blocks = size * (2 + (max(len(tokens) for _, tokens in prompts) + limit) // page)
     batching = ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=1024,
                                         max_requests_per_batch=size)
-    out = model.generate_batch([tokens for _, tokens in prompts], generation_config=generation_config(limit, stop_ids),
+    config = generation_config(limit, stop_ids or frozenset([-1]))  # without any it would warn
+    out = model.generate_batch([tokens for _, tokens in prompts], generation_config=config,
                                continuous_batching_config=batching)
     for (id, _), row in zip(prompts, out.values(), strict=True):
         yield id, until_stop(row.generated_tokens, stop_ids)
@@ -349,7 +351,7 @@ def prefix(args: argparse.Namespace) -> dict:
           f"{sum(len(tokens) for _, tokens in samples)} prompt tokens in all, 32 new ones each")
     found, seconds = {}, {True: [], False: []}
     list(Sampler(model, NOTHING, max_new_tokens=4, slots=SLOTS).generate(samples[:8]))  # warms up
-    for _ in range(3):
+    for _ in range(args.rounds):
         for share in (True, False):
             sampler = Sampler(model, NOTHING, max_new_tokens=32, temperature=1.0, slots=SLOTS, share_prefixes=share)
             start = time.perf_counter()
