@@ -74,7 +74,7 @@ def sampling_options(parser: argparse.ArgumentParser, default_temperature: float
 def cache_options(parser: argparse._ActionsContainer) -> None:
     """Add --slots and --kv-memory."""
     parser.add_argument("--slots", type=positive_int,
-                        help="rows sampled at a time, which changes no row (default: 64, on a GPU 256)")
+                        help="rows sampled at a time, which changes no row (default: 128, on a GPU 256)")
     parser.add_argument("--kv-memory", type=number(float, above=0), metavar="GIB",
                         help="memory of the KV cache, which changes no row (default: what is free)")
 

@@ -30,6 +30,10 @@ def fused(x: Tensor) -> bool:
 class Linear(nn.Linear):
     """A product that is the same for a row whatever the other rows are (LOG.md, 2026-11-24)."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: the weights come from a file or from `weights.initialise`, and on the meta device drawing them makes
+        torch import its compiler, which takes a second."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
         if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and ONE_DNN:
@@ -128,7 +132,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # given, so that it is not drawn: see `Linear`
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

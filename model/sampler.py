@@ -78,13 +78,13 @@ class Sampler:
                  kv_memory: float | None = None, share_prefixes: bool = True) -> None:
         """Temperature 0 is greedy; top_p 1 and top_k 0 cut nothing.
 
-        At most `slots` rows are sampled at a time (64, on a GPU 256), in a cache of at most `kv_memory` GiB (what is
+        At most `slots` rows are sampled at a time (128, on a GPU 256), in a cache of at most `kv_memory` GiB (what is
         free). Neither changes a row, nor does `share_prefixes`, which computes what prompts begin with once.
         """
         self.model, self.stop_ids = model, stop_ids
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.slots = slots or (256 if model.device.type == "cuda" else 64)
+        self.slots = slots or (256 if model.device.type == "cuda" else 128)
         self.kv_memory, self.share_prefixes = kv_memory, share_prefixes
         self.peak_cache_bytes = 0  # of the last call of `generate`: the blocks in use when they were most
 
@@ -239,6 +239,24 @@ class Sampler:
                 waiting.append(last)
             if row in live:
                 row.blocks += cache.take(max(need, 0))
+        if cache.keys.is_cpu:
+            self._move_down(live, cache)
+
+    def _move_down(self, live: list[_Row], cache: KVCache) -> None:
+        """Where rows have left many free blocks between those in use, fill these with the highest: `attend_pages`
+        computes all up to the highest. (Without it the last rows of many took as long as all of them.)"""
+        used = len(cache.users) - 1 - len(cache.free)
+        if max(max(row.blocks) for row in live) <= 1.25 * used + 8:
+            return
+        sources, targets = [], []
+        for row in live:
+            for i, block in enumerate(row.blocks):
+                if block > used:
+                    row.blocks[i] = cache.take(1)[0]
+                    sources.append(block)
+                    targets.append(row.blocks[i])
+        cache.copy(sources, targets)
+        cache.release(sources)
 
     def _accept(self, rows: list[_Row], tokens: Tensor, logprobs: Tensor) -> None:
         """Add sampled tokens (B, steps) to the rows, each up to its end: the one place where the host waits."""

@@ -49,7 +49,7 @@ from model.decoder import Decoder
 from model.sampler import Sampler, common_prefix
 
 SMOLLM2, QWEN = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-NEW_TOKENS, SLOTS, TURN = 256, 64, 16
+NEW_TOKENS, SLOTS, TURN = 256, 128, 16
 TRIAL_PROMPT, TRIAL_TOKENS = 100, 32  # so that a trial's positions are those in the middle of the job
 NOTHING = frozenset()
 Prompts = Sequence[tuple[str, list[int]]]

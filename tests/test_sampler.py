@@ -16,7 +16,7 @@ from model.cache import KVCache
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
-from model.sampler import Response, Sampler, choose, common_prefix, row_uniforms, score_next
+from model.sampler import Response, Sampler, _Steps, choose, common_prefix, row_uniforms, score_next
 
 NOTHING = frozenset()
 
@@ -106,6 +106,24 @@ def test_memory_changes_no_row(model: Decoder, monkeypatch: pytest.MonkeyPatch) 
     assert {response.id: response for response in sampler.generate(prompts)} == free
     assert len(begun) > len(prompts)  # some were begun twice
     assert sampler.peak_cache_bytes <= 14 * block
+
+
+def test_blocks_move_down_as_rows_end(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few long rows among many short ones end up in the lowest blocks, and are the same as alone."""
+    context = model.config.max_positions
+    prompts = [(str(i), [5 + i % 7] * (context - (120 if i > 36 else 4))) for i in range(40)]
+    highest = []
+    step = _Steps.__call__
+
+    def watched(self: _Steps, rows: list) -> tuple:
+        highest.append(max(max(row.blocks) for row in rows))
+        return step(self, rows)
+
+    monkeypatch.setattr(_Steps, "__call__", watched)
+    found = sample(model, prompts, temperature=1.0, max_new_tokens=120)
+    assert highest[0] > 200 and highest[-1] < 50
+    for prompt in prompts[-3:]:
+        assert sample(model, [prompt], temperature=1.0, max_new_tokens=120) == {prompt[0]: found[prompt[0]]}
 
 
 def test_memory_too_small_for_a_row(model: Decoder) -> None:
