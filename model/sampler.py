@@ -231,7 +231,7 @@ class Sampler:
             need = _blocks(min(row.length + count - 1, len(row.prompt) + row.limit)) - len(row.blocks)
             if need > len(cache.free):
                 tree.clear()
-            while need > len(cache.free):
+            while row in live and need > len(cache.free):
                 last = live.pop()
                 cache.release(last.blocks)
                 last.response = Response(last.response.id, len(last.prompt))

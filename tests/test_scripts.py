@@ -93,7 +93,7 @@ def test_generate(script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> 
 
 
 def test_generate_continues_after_a_kill(script: Script, tiny: Path, prompts: Path, tmp_path: Path) -> None:
-    common = ["generate.py", "--model", tiny, "--prompts", prompts, "--max-new-tokens", 100, "--slots", 1]
+    common = ["generate.py", "--model", tiny, "--prompts", prompts, "--max-new-tokens", 240, "--slots", 1]
     assert script(*common, "--out", tmp_path / "whole.jsonl").returncode == 0
     partial = tmp_path / "cut.partial.jsonl"
     codes = [kill_when([*common, "--out", tmp_path / "cut.jsonl"],
