@@ -56,6 +56,8 @@ def resolve_device(device: str | None, dtype: str | None) -> tuple["torch.device
         raise UserError(f"--device {device} needs a CUDA GPU and torch sees none; --device cpu would do")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # Triton and CUDA graphs go to the current device, wherever the tensors are
     return chosen, getattr(torch, dtype or ("bfloat16" if chosen.type == "cuda" else "float32"))
 
 

@@ -20,8 +20,8 @@ BLOCK = 32
 class KVCache:
     """`keys` and `values`, (layers, blocks, K, BLOCK, D), allocated once; who holds which block is kept on the host.
 
-    Block 0 is scratch: padding and rows that have ended write there, and nobody reads it. On the CPU pages that were
-    never written take no memory; on a GPU the whole of it is taken at once.
+    Block 0 is scratch: padding and rows that have ended write there, and what they read there is thrown away. On the
+    CPU pages that were never written take no memory; on a GPU the whole of it is taken at once.
     """
 
     def __init__(self, config: ModelConfig, blocks: int, device: torch.device, dtype: torch.dtype) -> None:

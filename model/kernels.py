@@ -288,7 +288,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float,
 
 def rotate_and_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
                      slots: Tensor) -> Tensor:
-    """Rotated q (`decoder.rotate`), (T, H, D); k, rotated, and v (T, K, D) go to the cache at slots (T,) int64.
+    """Rotated q (`attention.rotate`), (T, H, D); k, rotated, and v (T, K, D) go to the cache at slots (T,) int64.
 
     Position p's slot is table[p // BLOCK] * BLOCK + p % BLOCK. cos and sin are (T, 1, D/2). q, k and v may be slices
     of one wider tensor: only a token's heads have to be contiguous.

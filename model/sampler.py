@@ -107,7 +107,7 @@ class Sampler:
             new = self._admit(waiting, live, cache, tree)
             if new:
                 self._accept(new, *self._prefill(cache, new))
-                self._part(cache, tree, new)
+                self._part(cache, new)
                 live += new
             else:
                 self._grow(waiting, live, cache, tree, steps.count)
@@ -174,7 +174,8 @@ class Sampler:
             # as many blocks again as its path has for `_part`, and one for each row to grow into
             room = len(cache.free) - sum(len(other.path) for other in new) - len(live) - len(new)
             full = room < count + len(row.path) + 1
-            if full and not live and not new:
+            if full and not new and (not live or 2 * len(tree.blocks) > len(cache.users)):
+                # what is kept for later must not leave the rows of now without room
                 assert tree.blocks, "an empty cache holds any row: _cache_blocks saw to it"
                 tree.clear()
                 continue
@@ -207,7 +208,7 @@ class Sampler:
         chosen, logprobs = self._choose(logits, uniforms)
         return chosen[:, None], logprobs[:, None]
 
-    def _part(self, cache: KVCache, tree: PrefixTree, new: list[_Row]) -> None:
+    def _part(self, cache: KVCache, new: list[_Row]) -> None:
         """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
         block to have one owner; a GPU's kernel reads shared ones."""
         if not cache.keys.is_cpu:
@@ -378,6 +379,7 @@ def multiprocessors(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that a KV cache may take: what is free, but for a reserve for the activations and for others."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what an earlier cache has left with torch's allocator counts as used
         return int(0.85 * torch.cuda.mem_get_info(device)[0])
     if os.path.exists("/proc/meminfo"):  # Linux: what can be had without swapping, in kB
         with open("/proc/meminfo") as lines:

@@ -56,7 +56,7 @@ def test_prefixes_memory_and_slots_change_little() -> None:
     """In float32, where another order of sums rarely turns a choice: nine rows in ten come out token by token."""
     model, chat, prompts = load(SMOLLM2, torch.float32, 48)
     expected = sample(model, chat, prompts, temperature=0.7)
-    for settings in ({"slots": 5}, {"kv_memory": 0.02}, {"share_prefixes": False}):
+    for settings in ({"slots": 5}, {"kv_memory": 0.05}, {"share_prefixes": False}):
         found = sample(model, chat, prompts, temperature=0.7, **settings)
         same = sum(found[id].tokens == expected[id].tokens for id, _ in prompts)
         assert same >= 0.9 * len(prompts), settings
@@ -97,6 +97,7 @@ def test_timings() -> None:
         model, chat, prompts = load(name, torch.bfloat16, 256)
         for slots in (1, 16, 64, 256):
             some = prompts[: max(slots, 4)]
+            torch.cuda.reset_peak_memory_stats()
             rate = timed(lambda model=model, chat=chat, some=some, slots=slots: sum(
                 len(r.tokens) for r in sample(model, chat, some, slots=slots, max_new_tokens=256).values()))
             lines.append(f"{name}, {slots} rows: {rate:,.0f} tokens/s, at most "
