@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import BLOCK, KVCache
+from model.cache import BLOCK, KVCache, cache_slots
 
 if torch.cuda.is_available():  # Triton comes with torch's builds for GPUs alone
     from model import kernels
@@ -105,15 +105,18 @@ class Prefill(_Cached):
 class Decode(_Cached):
     """One new token for each of B rows; token b stands at positions[b] of its row."""
 
-    def __init__(self, cache: KVCache, table: Tensor, positions: Tensor, splits: int = 1) -> None:
+    def __init__(self, cache: KVCache, table: Tensor, positions: Tensor) -> None:
         """`table` (B, M) int32, the rows' blocks, and `positions` (B,) int64, both on the cache's device.
 
-        A row of zeros is padding. `splits`: over how many programs a GPU spreads the length of a row.
+        A row of zeros is padding.
         """
-        blocks = table.gather(1, (positions // BLOCK)[:, None])[:, 0]
-        super().__init__(cache, blocks * BLOCK + positions % BLOCK)
-        self.table, self.lengths, self.splits = table, (positions + 1).int(), splits
-        self.pages = Pages(table, self.lengths) if table.is_cpu else None
+        super().__init__(cache, cache_slots(table, torch.arange(len(table), device=table.device), positions))
+        self.table, self.lengths = table, (positions + 1).int()
+        if table.is_cpu:
+            self.pages = Pages(table, self.lengths)
+        else:  # over how many programs a row's length is spread, by the longest that the table can hold
+            self.splits = kernels.num_splits(len(table), cache.keys.shape[2], table.shape[1] * BLOCK,
+                                             kernels.multiprocessors(table.device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(B, H, D) mixed values; see `Attend`."""

@@ -74,6 +74,11 @@ class KVCache:
         self.values[layer].flatten(0, 2).index_copy_(0, places, v.flatten(0, 1))
 
 
+def cache_slots(table: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """(T,) int64: where tokens at `positions` (T,) of the `rows` (T,) of a block table (B, M) are kept."""
+    return table[rows, positions // BLOCK].long() * BLOCK + positions % BLOCK
+
+
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros; on the CPU in pages that the system provides when they are first written (torch.zeros writes them all)."""
     if device.type != "cpu":

@@ -34,6 +34,11 @@ def num_splits(rows: int, kv_heads: int, longest: int, multiprocessors: int) -> 
     return splits
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def shape_of(q: Tensor, keys: Tensor) -> dict[str, int]:
     """What all kernels that touch the cache (blocks, K, BLOCK, D) know when they are compiled."""
     _, kv_heads, block, dim = keys.shape

@@ -20,11 +20,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from model.attention import Decode, Prefill, Shared
-from model.cache import BLOCK, KVCache, PrefixTree
+from model.cache import BLOCK, KVCache, PrefixTree, cache_slots
 from model.decoder import Decoder
-
-if torch.cuda.is_available():
-    from model import kernels
 
 # Matrix products get a multiple of this many rows. Below 12 rows, MKL picks another kernel for other numbers of rows
 # and sums in another order; for multiples of 4 a row is the same to the bit in any batch (LOG.md, 2026-11-24).
@@ -54,7 +51,7 @@ class _Row:
     prompt: Sequence[int]
     response: Response
     limit: int  # most tokens to sample
-    uniforms: np.ndarray  # (limit + STEPS,) float64
+    uniforms: np.ndarray | None = None  # (limit + STEPS,) float64, drawn when the row is begun
     path: list[int] = field(default_factory=list)  # its nodes in the prefix tree
     blocks: list[int] = field(default_factory=list)  # of the cache
     cached: int = 0  # tokens of the prompt that another row has computed, or computes in the same pass
@@ -140,12 +137,7 @@ class Sampler:
         return min(self.max_new_tokens, context - len(prompt))
 
     def _row(self, id: str, prompt: Sequence[int]) -> _Row:
-        limit = self.limit(id, prompt)
-        # those behind the limit choose tokens that a GPU samples before the host has looked
-        uniforms = np.zeros(limit + STEPS)
-        if self.temperature > 0:
-            uniforms[:limit] = row_uniforms(self.seed, id, limit)
-        return _Row(prompt, Response(id, len(prompt)), limit, uniforms)
+        return _Row(prompt, Response(id, len(prompt)), self.limit(id, prompt))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -185,6 +177,10 @@ class Sampler:
                 cache.share(block)
             row.blocks, row.cached = shared + cache.take(count), len(shared) * BLOCK
             tree.leave(row.path, row.blocks)
+            # those behind the limit choose tokens that a GPU samples before the host has looked
+            row.uniforms = np.zeros(row.limit + STEPS)
+            if self.temperature > 0:
+                row.uniforms[: row.limit] = row_uniforms(self.seed, row.response.id, row.limit)
             new.append(waiting.pop())
             tokens += own
         return new
@@ -193,15 +189,14 @@ class Sampler:
     def _prefill(self, cache: KVCache, new: list[_Row]) -> tuple[Tensor, Tensor]:
         """First token of each row and its log-probability, both (len(new), 1); fills the rows' blocks."""
         device = self.model.device
-        table = _table([row.blocks for row in new], max(len(row.blocks) for row in new))
+        # a row more for the padding, which goes to the scratch block
+        table = _table([*(row.blocks for row in new), []], max(len(row.blocks) for row in new))
         offsets = [row.cached for row in new]
         tokens, positions, lengths, last = _pack([row.prompt[row.cached :] for row in new])
         which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        padding = which >= len(new)
-        positions = positions + torch.tensor([*offsets, 0])[which]
-        slots = table[which.where(~padding, 0), positions // BLOCK] * BLOCK + positions % BLOCK
-        slots = slots.where(~padding, 0)
-        attend = Prefill(cache, slots.long().to(device), table.to(device), lengths[: len(new)], offsets)
+        positions += torch.tensor([*offsets, 0])[which]
+        slots = cache_slots(table, which, positions)
+        attend = Prefill(cache, slots.to(device), table[:-1].to(device), lengths[: len(new)], offsets)
         hidden = self.model(tokens.to(device), positions.to(device), attend)  # (T, E)
         logits = self.model.logits(hidden.index_select(0, last.to(device)))[: len(new)]
         uniforms = torch.tensor([row.uniforms[0] for row in new], dtype=torch.float64, device=device)
@@ -334,11 +329,7 @@ class _Steps:
     def _step(self, count: int) -> None:
         """One step of the first `count` rows, from buffers to buffers."""
         model, tokens, positions = self.sampler.model, self.tokens[:count], self.positions[:count]
-        splits = 1
-        if self.device.type != "cpu":
-            longest = self.table.shape[1] * BLOCK
-            splits = kernels.num_splits(count, model.config.num_kv_heads, longest, multiprocessors(self.device))
-        hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions, splits))  # (B, E)
+        hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions))  # (B, E)
         uniforms = self.uniforms[:count].index_select(1, self.index)[:, 0]
         chosen, logprobs = self.sampler._choose(model.logits(hidden), uniforms)
         self.chosen[:count].index_copy_(1, self.index, chosen[:, None])
@@ -369,11 +360,6 @@ class _Steps:
 def steps_at_once(device: torch.device) -> int:
     """Steps between two looks of the host: on the CPU it has nothing to wait for."""
     return 1 if device.type == "cpu" else STEPS
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def free_memory(device: torch.device) -> int:

@@ -120,7 +120,8 @@ def generate(model: nn.Module, prompts: Prompts, limit: int, stop_ids: frozenset
         width = len(batch[-1][1])
         ids = torch.tensor([[0] * (width - len(tokens)) + tokens for _, tokens in batch])
         mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for _, tokens in batch])
-        out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        out = out[:, width:].tolist()
         for (id, _), tokens in zip(batch, out, strict=True):
             yield id, until_stop(tokens, stop_ids)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_devices import META, Kernels
 
-from model import attention, decoder, sampler
+from model import attention, decoder
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -86,9 +86,8 @@ def launches(config: ModelConfig) -> tuple[int, int]:
         small = ModelConfig(**{**vars(config), "num_layers": layers})
         with pytest.MonkeyPatch.context() as patch:
             kernels = Kernels()
-            for module in (attention, decoder, sampler):
+            for module in (attention, decoder):
                 patch.setattr(module, "kernels", kernels, raising=False)
-            patch.setattr(sampler, "multiprocessors", lambda device: 132)
             with torch.device(META):
                 model = Decoder(small)
             model = model.to(META, torch.bfloat16)  # the rotary frequencies come from the CPU

@@ -19,6 +19,8 @@ from model.attention import (
 from model.cache import BLOCK, KVCache, PrefixTree
 from model.config import ModelConfig
 
+CONFIG = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False, False, ())
+
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
@@ -113,9 +115,7 @@ def test_a_prompt_is_the_same_to_the_bit_in_two_passes() -> None:
 def test_decode_reads_what_was_appended() -> None:
     """Appending a sequence position by position gives, at each, the packed attention over what is there."""
     torch.manual_seed(0)
-    config = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False,
-                         False, ())
-    cache = KVCache(config, blocks=8, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(CONFIG, blocks=8, device=torch.device("cpu"), dtype=torch.float32)
     q, k, v = torch.randn(40, 4, 16), torch.randn(40, 2, 16), torch.randn(40, 2, 16)
     angles = torch.randn(40, 1, 8)
     rotation = angles.cos(), angles.sin()
@@ -134,9 +134,7 @@ def test_rotary_angles_turn_pairs() -> None:
 
 
 def test_prefix_tree_keeps_what_somebody_waits_for() -> None:
-    config = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False,
-                         False, ())
-    cache = KVCache(config, blocks=20, device=torch.device("cpu"), dtype=torch.float32)
+    cache = KVCache(CONFIG, blocks=20, device=torch.device("cpu"), dtype=torch.float32)
     tree = PrefixTree(cache)
     common = list(range(2 * BLOCK))
     prompts = [common + [1], common + [2, 3], common[:BLOCK] + [4] * BLOCK, common[: BLOCK + 1], common[:BLOCK]]

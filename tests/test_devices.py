@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention, decoder, lora, sampler
+from model import attention, decoder, lora
 from model.attention import Packed
 from model.cache import KVCache
 from model.config import read_config
 from model.decoder import Decoder
 from model.loss import chunked_nll
-from model.sampler import Sampler, _Row, _Steps, score_next
+from model.sampler import Response, Sampler, _Row, _Steps, score_next
 
 META = torch.device("meta")
 
@@ -60,13 +60,15 @@ class Kernels:
     def num_splits(self, *numbers: int) -> int:
         return 2
 
+    def multiprocessors(self, device: torch.device) -> int:
+        return 132
+
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
-    for module in (attention, decoder, sampler):
+    for module in (attention, decoder):
         monkeypatch.setattr(module, "kernels", kernels, raising=False)
-    monkeypatch.setattr(sampler, "multiprocessors", lambda device: 132)
     return kernels
 
 
@@ -82,9 +84,8 @@ def rows(count: int) -> list[_Row]:
 
     found = []
     for i in range(count):
-        row = _Row([1, 2, 3] * (10 + i), sampler.Response(str(i), 30 + 3 * i), 20, np.zeros(28))
-        row.blocks = [2 * i + 1, 2 * i + 2]
-        found.append(row)
+        response = Response(str(i), 30 + 3 * i)
+        found.append(_Row([1, 2, 3] * (10 + i), response, 20, np.zeros(28), blocks=[2 * i + 1, 2 * i + 2]))
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench_generate import generate
 from conftest import QWEN, SMOLLM2
 
 from base.hub import model_folder
@@ -103,7 +104,8 @@ def test_timings() -> None:
             lines.append(f"{name}, {slots} rows: {rate:,.0f} tokens/s, at most "
                          f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to(CUDA)
-        rate = timed(lambda theirs=theirs, chat=chat, some=prompts[:64]: _generate(theirs, chat, some))
+        rate = timed(lambda theirs=theirs, chat=chat, some=prompts[:64]: sum(
+            len(tokens) for _, tokens in generate(theirs, some, 256, chat.stop_ids, size=64, cache="dynamic")))
         lines.append(f"{name}, transformers generate, 64 rows: {rate:,.0f} tokens/s")
         del theirs
         if importlib.util.find_spec("vllm"):
@@ -117,14 +119,3 @@ def test_timings() -> None:
             lines.append(f"{name}, vLLM, 256 rows: {rate:,.0f} tokens/s")
             del engine
     print("", *lines, sep="\n")
-
-
-def _generate(theirs: torch.nn.Module, chat: Chat, prompts: list[tuple[str, list[int]]]) -> int:
-    """Useful tokens that transformers' generate makes of left-padded prompts."""
-    longest = max(len(tokens) for _, tokens in prompts)
-    padded = torch.tensor([[0] * (longest - len(tokens)) + tokens for _, tokens in prompts], device=CUDA)
-    mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for _, tokens in prompts], device=CUDA)
-    with torch.inference_mode():
-        out = theirs.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=256)[:, longest:].tolist()
-    stops = [[i for i, token in enumerate(row) if token in chat.stop_ids] for row in out]
-    return sum(ends[0] + 1 if ends else len(row) for ends, row in zip(stops, out, strict=True))
