@@ -82,12 +82,14 @@ class Prefill(_Cached):
     """
 
     def __init__(self, cache: KVCache, slots: Tensor, table: Tensor, lengths: Sequence[int],
-                 offsets: Sequence[int]) -> None:
+                 offsets: Sequence[int], copies: Tensor | None = None) -> None:
         """`table` (B, M) int32, the rows' blocks; row b brings lengths[b] tokens, the first at position offsets[b].
 
-        `slots` (T,) int64 may go on behind sum(lengths), with scratch slots for padding.
+        `slots` (T,) int64 may go on behind sum(lengths), with scratch slots for padding. `copies` (2, C): slots,
+        and those that they are copied to once the tokens are in the cache.
         """
         super().__init__(cache, slots)
+        self.copies = copies
         if not table.is_cpu:
             starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(table.device)
             self.arguments = table, starts, torch.tensor(offsets, dtype=torch.int32).to(table.device), max(lengths)
@@ -97,6 +99,8 @@ class Prefill(_Cached):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
         q, keys, values = self.store(layer, q, k, v, rotation)
+        if self.copies is not None:
+            self.cache.copy_slots(layer, *self.copies)
         if not q.is_cpu:
             return kernels.prefill_attention(q, keys, values, *self.arguments)
         return attend_prompts(q, keys, values, self.tiles)
@@ -137,10 +141,10 @@ class Pages:
         self.bags = held.sum(1).cumsum(0) - held.sum(1)  # (B,) where each row begins in them
         self.table = table.where(held, table[:, :1]).long()  # (B, M), behind a row's end its first block again
         self.count = int(self.blocks.max()) + 1
-        # Free blocks in between are computed with the rest, as row 0's, without a position that is seen, and not read
+        # Free blocks in between are computed with the rest, as row 0's, and not read
         self.owner = self.blocks.new_zeros(self.count).index_copy(0, self.blocks, rows)
-        seen = self.blocks.new_zeros(self.count).index_copy(0, self.blocks, (lengths[rows] - starts[columns]).long())
-        self.unseen = torch.arange(BLOCK, device=table.device) >= seen[:, None]  # (count, BLOCK)
+        self.last = self.table.gather(1, (lengths[:, None].long() - 1) // BLOCK)[:, 0]  # (B,) each row's last block
+        self.unseen = torch.arange(BLOCK, device=table.device) > (lengths[:, None] - 1) % BLOCK  # (B, BLOCK), in that
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -200,15 +204,15 @@ def query_tiles(table: Tensor, lengths: Sequence[int], offsets: Sequence[int]) -
     """For `attend_prompts`: BLOCK queries a row at a time, those at positions i · BLOCK to (i + 1) · BLOCK - 1.
 
     For each i (the rows that have queries there being N): the blocks they see (N, i + 1), the queries' places in the
-    stream (N, BLOCK), and which of these are real (N, BLOCK). The offsets are multiples of BLOCK.
+    stream (N, BLOCK), and which of these are real (N, BLOCK).
     """
     lengths, offsets = torch.tensor(lengths), torch.tensor(offsets)
     starts = lengths.cumsum(0) - lengths
     tiles = []
-    for first in range(int(offsets.min()), int((offsets + lengths).max()), BLOCK):
-        rows = ((offsets <= first) & (first < offsets + lengths)).nonzero()[:, 0]
+    for first in range(int(offsets.min()) // BLOCK * BLOCK, int((offsets + lengths).max()), BLOCK):
+        rows = ((offsets < first + BLOCK) & (first < offsets + lengths)).nonzero()[:, 0]
         within = first - offsets[rows, None] + torch.arange(BLOCK)  # (N, BLOCK), of the row's own tokens
-        real = within < lengths[rows, None]
+        real = (within >= 0) & (within < lengths[rows, None])
         places = (starts[rows, None] + within).where(real, 0)
         tiles.append((table[rows, : first // BLOCK + 1].long(), places, real))
     return tiles
@@ -245,7 +249,7 @@ def attend_pages(q: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tenso
     keys, values = keys[: pages.count], values[: pages.count]
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, D)
     scores = (grouped[pages.owner] @ keys.mT).float()  # (blocks, K, H/K, BLOCK)
-    scores.masked_fill_(pages.unseen[:, None, None], float("-inf"))
+    scores[pages.last] = scores[pages.last].masked_fill(pages.unseen[:, None, None], float("-inf"))
     highest = scores.amax(-1)[pages.table].amax(1)  # (B, K, H/K)
     weights = scores.sub_(highest[pages.owner][..., None]).exp_()
     mixed = (weights.to(values.dtype) @ values).float()  # (blocks, K, H/K, D)

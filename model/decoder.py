@@ -20,6 +20,7 @@ if torch.cuda.is_available():  # Triton comes with torch's builds for GPUs alone
     from model import kernels
 
 ONE_DNN = torch.backends.mkldnn.is_available()
+VOCABULARY_PART = 8192  # tokens in one product of the head, where the logits go to a given place
 
 
 def fused(x: Tensor) -> bool:
@@ -27,8 +28,27 @@ def fused(x: Tensor) -> bool:
     return not x.is_cpu and not torch.is_grad_enabled()
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (…, in) times weight (out, in), to (…, out): for a row the same whatever the others are (LOG.md, 2026-11-24)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and ONE_DNN:
+        # F.linear takes MKL for float32, which on an AMD processor took 1.4 times as long for 16 rows, 1.2 for 64
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def turn_weights(model: "Decoder") -> None:
+    """Lay the weights of the blocks' products out input by input, on the CPU in float32; their values don't change.
+
+    oneDNN multiplies few rows by them faster (16 rows by 1.2, 64 by 1.1), to the same bits. Not done when weights are
+    loaded, since it takes longer than that.
+    """
+    for module in model.layers.modules():
+        if isinstance(module, Linear) and module.weight.is_cpu and module.weight.dtype == torch.float32:
+            module.weight.data = module.weight.data.T.contiguous().T
+
+
 class Linear(nn.Linear):
-    """A product that is the same for a row whatever the other rows are (LOG.md, 2026-11-24)."""
+    """`linear` with weights of its own."""
 
     def reset_parameters(self) -> None:
         """Nothing: the weights come from a file or from `weights.initialise`, and on the meta device drawing them makes
@@ -36,10 +56,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and ONE_DNN:
-            # F.linear takes MKL for float32, which on an AMD processor took 1.4 times as long for 16 rows, 1.2 for 64
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -159,9 +176,17 @@ class Decoder(nn.Module):
             x = layer(x, rotation, attend, i)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, E) hidden states to (N, V) logits in float32."""
-        return self.lm_head(hidden).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, E) hidden states to (N, V) logits in float32, if given in `out`.
+
+        On the CPU memory of this size comes anew from the system each time, and its page faults took as long as half
+        of the product: a caller who needs logits again and again brings a tensor of its own.
+        """
+        if out is None:
+            return self.lm_head(hidden).float()
+        for weight, part in zip(self.lm_head.weight.split(VOCABULARY_PART), out.split(VOCABULARY_PART, 1), strict=True):
+            part.copy_(linear(hidden, weight))  # a product can't be written to a given place by oneDNN
+        return out
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines, each (T, 1, D/2), of rotary embeddings at `positions`; angles are float32 throughout."""

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from base.errors import UserError
 from model.attention import Decode, Prefill, Shared
-from model.cache import BLOCK, KVCache, PrefixTree, cache_slots
-from model.decoder import Decoder
+from model.cache import BLOCK, NODE, KVCache, PrefixTree, cache_slots
+from model.decoder import Decoder, turn_weights
 
 # Matrix products get a multiple of this many rows. Below 12 rows, MKL picks another kernel for other numbers of rows
 # and sums in another order; for multiples of 4 a row is the same to the bit in any batch (LOG.md, 2026-11-24).
 GROUP = 4
-PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its activations
+PREFILL_TOKENS = 1024  # prompt tokens in one forward pass, to bound its activations
 # Steps that a GPU takes before the host looks at their tokens. A row that ends among them is computed to the last of
 # them in vain: 4 tokens on average, for one wait in 8 steps
 STEPS = 8
+WORTH_TURNING = 16  # steps, each some 8 % faster (64 rows), for which `turn_weights` is worth two
 GIB = 2**30
 
 
@@ -55,6 +56,7 @@ class _Row:
     path: list[int] = field(default_factory=list)  # its nodes in the prefix tree
     blocks: list[int] = field(default_factory=list)  # of the cache
     cached: int = 0  # tokens of the prompt that another row has computed, or computes in the same pass
+    sources: list[int] = field(default_factory=list)  # of those behind the last whole block: whose block holds each NODE
 
     @property
     def length(self) -> int:
@@ -84,6 +86,7 @@ class Sampler:
         self.slots = slots or (256 if model.device.type == "cuda" else 128)
         self.kv_memory, self.share_prefixes = kv_memory, share_prefixes
         self.peak_cache_bytes = 0  # of the last call of `generate`: the blocks in use when they were most
+        self._logits: Tensor | None = None  # (slots, V), on the CPU: see `Decoder.logits`
 
     def generate(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> Iterator[Response]:
         """Sample one response to each (id, token ids), yielding each as it finishes.
@@ -93,6 +96,8 @@ class Sampler:
         waiting = [self._row(id, prompt) for id, prompt in reversed(prompts)]
         if not waiting:
             return
+        if self.max_new_tokens > WORTH_TURNING:
+            turn_weights(self.model)
         cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
         tree = PrefixTree(cache)
         if self.share_prefixes:
@@ -160,22 +165,24 @@ class Sampler:
         new, tokens = [], 0
         while waiting and len(live) + len(new) < self.slots:
             row = waiting[-1]
-            shared = tree.find(row.path)
+            found, nodes = tree.find(row.path), BLOCK // NODE
+            shared = found[nodes - 1 :: nodes]  # whole blocks
+            sources = found[len(shared) * nodes :]  # of what is copied
             count = _blocks(len(row.prompt)) - len(shared)
-            own = len(row.prompt) - len(shared) * BLOCK  # tokens to compute
+            own = len(row.prompt) - len(found) * NODE  # tokens to compute
             # as many blocks again as its path has for `_part`, and one for each row to grow into
-            room = len(cache.free) - sum(len(other.path) for other in new) - len(live) - len(new)
-            full = room < count + len(row.path) + 1
-            if full and not new and (not live or 2 * len(tree.blocks) > len(cache.users)):
+            room = len(cache.free) - sum(_blocks(len(other.path) * NODE) + 1 for other in new) - len(live)
+            full = room < count + _blocks(len(row.path) * NODE) + 1
+            if full and not new and (not live or 2 * tree.held() > len(cache.users)):
                 # what is kept for later must not leave the rows of now without room
                 assert tree.blocks, "an empty cache holds any row: _cache_blocks saw to it"
                 tree.clear()
                 continue
             if full or (new and tokens + own > PREFILL_TOKENS):
                 break
-            for block in shared:
+            for block in shared + sources:
                 cache.share(block)
-            row.blocks, row.cached = shared + cache.take(count), len(shared) * BLOCK
+            row.blocks, row.cached, row.sources = shared + cache.take(count), len(found) * NODE, sources
             tree.leave(row.path, row.blocks)
             # those behind the limit choose tokens that a GPU samples before the host has looked
             row.uniforms = np.zeros(row.limit + STEPS)
@@ -196,16 +203,20 @@ class Sampler:
         which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         positions += torch.tensor([*offsets, 0])[which]
         slots = cache_slots(table, which, positions)
-        attend = Prefill(cache, slots.to(device), table[:-1].to(device), lengths[: len(new)], offsets)
+        attend = Prefill(cache, slots.to(device), table[:-1].to(device), lengths[: len(new)], offsets,
+                         _copies(new, device))
         hidden = self.model(tokens.to(device), positions.to(device), attend)  # (T, E)
-        logits = self.model.logits(hidden.index_select(0, last.to(device)))[: len(new)]
-        uniforms = torch.tensor([row.uniforms[0] for row in new], dtype=torch.float64, device=device)
-        chosen, logprobs = self._choose(logits, uniforms)
-        return chosen[:, None], logprobs[:, None]
+        uniforms = torch.zeros(len(last), dtype=torch.float64)
+        uniforms[: len(new)] = torch.tensor([row.uniforms[0] for row in new])
+        chosen, logprobs = self._choose(hidden.index_select(0, last.to(device)), uniforms.to(device))
+        return chosen[: len(new), None], logprobs[: len(new), None]
 
     def _part(self, cache: KVCache, new: list[_Row]) -> None:
         """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
         block to have one owner; a GPU's kernel reads shared ones."""
+        for row in new:
+            cache.release(row.sources)
+            row.sources = []
         if not cache.keys.is_cpu:
             return
         sources, targets = [], []
@@ -271,11 +282,25 @@ class Sampler:
                 if response.finish_reason:
                     break
 
-    def _choose(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's next token (B,) and its log-probability (B,), from logits (B, V) and uniform numbers (B,)."""
+    def _choose(self, hidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's next token (B,) and its log-probability (B,), from hidden states (B, E) and uniform numbers (B,).
+
+        On the CPU a few rows at a time, in memory that is used again (see `Decoder.logits`).
+        """
+        if not hidden.is_cpu:
+            return self._choose_rows(self.model.logits(hidden), uniforms)
+        if self._logits is None:
+            self._logits = torch.empty(self.slots + GROUP, self.model.config.vocab_size)
+        logits = self.model.logits(hidden, out=self._logits[: len(hidden)])
+        parts = [self._choose_rows(*part) for part in zip(logits.split(16), uniforms.split(16), strict=True)]
+        chosen, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
+        return chosen, logprobs
+
+    def _choose_rows(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """`_choose` from the logits (B, V), which are overwritten."""
         chosen = choose(logits, uniforms, self.temperature, self.top_p, self.top_k)
         # log_softmax goes row by row; logsumexp would share one long row out among the threads, and round otherwise
-        return chosen, logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        return chosen, torch.log_softmax(logits, -1, out=logits).gather(1, chosen[:, None])[:, 0]
 
 
 class _Steps:
@@ -331,7 +356,7 @@ class _Steps:
         model, tokens, positions = self.sampler.model, self.tokens[:count], self.positions[:count]
         hidden = model(tokens, positions, Decode(self.cache, self.table[:count], positions))  # (B, E)
         uniforms = self.uniforms[:count].index_select(1, self.index)[:, 0]
-        chosen, logprobs = self.sampler._choose(model.logits(hidden), uniforms)
+        chosen, logprobs = self.sampler._choose(hidden, uniforms)
         self.chosen[:count].index_copy_(1, self.index, chosen[:, None])
         self.logprobs[:count].index_copy_(1, self.index, logprobs[:, None])
         tokens.copy_(chosen)
@@ -376,6 +401,14 @@ def free_memory(device: torch.device) -> int:
 def _blocks(tokens: int) -> int:
     """Blocks that hold so many tokens."""
     return -(-tokens // BLOCK)
+
+
+def _copies(rows: Sequence[_Row], device: torch.device) -> Tensor | None:
+    """(2, C) slots and those that they are copied to, or None: what the rows' `sources` hold, to the block behind the
+    whole ones that they share."""
+    pairs = [(source * BLOCK + i, row.blocks[row.cached // BLOCK] * BLOCK + i)
+             for row in rows for part, source in enumerate(row.sources) for i in range(part * NODE, (part + 1) * NODE)]
+    return torch.tensor(pairs).T.contiguous().to(device) if pairs else None
 
 
 def _table(blocks: Sequence[Sequence[int]], width: int) -> Tensor:

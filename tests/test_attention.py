@@ -16,7 +16,7 @@ from model.attention import (
     query_tiles,
     rotate,
 )
-from model.cache import BLOCK, KVCache, PrefixTree
+from model.cache import BLOCK, NODE, KVCache, PrefixTree
 from model.config import ModelConfig
 
 CONFIG = ModelConfig("LlamaForCausalLM", 10, 64, 64, 1, 4, 2, 16, 1e-5, 64, 1e4, "default", {}, False, False, False, ())
@@ -91,7 +91,7 @@ def test_decoding_equals_reference(heads: int, kv_heads: int, dim: int) -> None:
 def test_prompts_equal_reference(heads: int, kv_heads: int, dim: int) -> None:
     """Prompts of all lengths around a block's, some behind a beginning that was computed before."""
     torch.manual_seed(0)
-    offsets, lengths = [0, 32, 0, 64, 0], [1, 40, 32, 3, 100]
+    offsets, lengths = [0, 32, 0, 64, 0, 24, 40], [1, 40, 32, 3, 100, 5, 60]
     ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
     keys, values, table = scattered(ends, kv_heads, dim)
     q = torch.randn(sum(lengths) + 4, heads, dim)  # with four tokens of padding
@@ -108,8 +108,9 @@ def test_a_prompt_is_the_same_to_the_bit_in_two_passes() -> None:
     keys, values, table = scattered([100, 90], 2, 64)
     q = torch.randn(100, 6, 64)
     whole = attend_prompts(q, keys, values, query_tiles(table[:1], [100], [0]))
-    behind = attend_prompts(q[64:], keys, values, query_tiles(table[:1], [36], [64]))
-    assert torch.equal(whole[64:], behind)
+    for done in (64, 40):
+        behind = attend_prompts(q[done:], keys, values, query_tiles(table[:1], [100 - done], [done]))
+        assert torch.equal(whole[done:], behind)
 
 
 def test_decode_reads_what_was_appended() -> None:
@@ -136,21 +137,20 @@ def test_rotary_angles_turn_pairs() -> None:
 def test_prefix_tree_keeps_what_somebody_waits_for() -> None:
     cache = KVCache(CONFIG, blocks=20, device=torch.device("cpu"), dtype=torch.float32)
     tree = PrefixTree(cache)
-    common = list(range(2 * BLOCK))
-    prompts = [common + [1], common + [2, 3], common[:BLOCK] + [4] * BLOCK, common[: BLOCK + 1], common[:BLOCK]]
+    common = list(range(2 * NODE))
+    prompts = [common + [1], common + [2, 3], common[:NODE] + [4] * NODE, common[: NODE + 1], common[:NODE]]
     paths = [tree.enter(prompt) for prompt in prompts]
-    # the last token is in no node; equal beginnings are one node, equal blocks behind another beginning are not
+    # the last token is in no node; equal beginnings are one node, equal tokens behind another beginning are not
     assert [len(path) for path in paths] == [2, 2, 1, 1, 0]
     assert paths[0] == paths[1] and len({path[0] for path in paths[:4]}) == 1
-    held = []
-    for path, prompt in zip(paths, prompts, strict=True):
-        shared = tree.find(path)
-        for block in shared:
-            cache.share(block)
-        held.append(shared + cache.take(-(-len(prompt) // BLOCK) - len(shared)))
+    held, found = [], []
+    for path in paths:
+        found.append(tree.find(path))
+        held.append(cache.take(1))
         tree.leave(path, held[-1])
-    assert held[1][:2] == held[0][:2] and held[2][0] == held[3][0] == held[0][0]
-    assert not tree.blocks  # nobody waits any more
+    # the third computes what follows the first node, and what it computes nobody else needs
+    assert found == [[], held[0] * 2, held[0], held[0], []]
+    assert not tree.held()  # nobody waits any more
     for blocks in held:
         cache.release(blocks)
     assert sorted(cache.free) == list(range(1, 21))  # and what all have released is free again

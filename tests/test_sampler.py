@@ -86,7 +86,7 @@ def test_shared_prefixes_change_no_row(model: Decoder) -> None:
     without, seen = sum(seen), []
     assert sample(model, prompts, temperature=1.0, slots=5) == alone
     hook.remove()
-    assert sum(seen) < without - 1000  # 2 blocks of 32 tokens for nearly each of 18 prompts
+    assert sum(seen) < without - 1250  # all of the header but the last, unfinished node, for 17 of 18 prompts
 
 
 def test_memory_changes_no_row(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
