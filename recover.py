@@ -38,7 +38,7 @@ from base.options import Parser, device_options, number, positive_int, temperatu
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
 TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
-            "micro_batch_tokens", "save_every")
+            "micro_batch_tokens", "checkpoint_activations", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
 MINIATURE = Path(os.path.relpath(Path(__file__).resolve().parent / "miniature"))
 PRESETS = {
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong with the input is found before the first hour is spent
     out, most = args.out, args.recover_with[-1]
     # what changes no result, or is better told by a checksum
-    aside = ("preset", "out", "slots", "kv_memory", "micro_batch_tokens", "save_every", "device", "prompts",
-             "benchmarks")
+    aside = ("preset", "out", "slots", "kv_memory", "micro_batch_tokens", "checkpoint_activations", "save_every",
+             "device", "prompts", "benchmarks")
     options = {name: value for name, value in vars(args).items() if name not in aside}
     options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
     for role in ("student", "teacher"):
@@ -214,7 +214,10 @@ def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     words = []
     for name in names:
         value = getattr(args, name)
-        if value in (None, {}):
+        if value is None or value is False or value == {}:
+            continue
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
             continue
         values = value if isinstance(value, list | tuple) else [json.dumps(value) if isinstance(value, dict) else value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]

@@ -7,7 +7,7 @@ A row has id, prompt, response and, if any, system; or id and messages, a conver
 Conversations are packed without padding and don't see each other. The loss is the mean over all supervised tokens of
 an optimiser step (the responses and their end-of-turn tokens), however they fall into micro-batches; with
 --prompt-loss-weight the other tokens count too, by that weight. The state is saved as training goes, and the same
-command continues a run that was stopped.
+command continues a run that was stopped, to the same bits.
 """
 
 import argparse
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from data.packing import Example
     from model.chat import Chat
+    from model.config import ModelConfig
 
 STATE = "training_state.safetensors"
 NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
@@ -51,6 +52,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
                         help="longest conversation (default: the model's context)")
     parser.add_argument("--drop-long", action="store_true", help="leave out longer ones instead of stopping")
+    parser.add_argument("--validate", type=positive_int, metavar="N",
+                        help="hold out the last N rows: their loss before the first step and after the last")
+    parser.add_argument("--validate-every", type=positive_int, metavar="STEPS", help="... and as training goes")
+    parser.add_argument("--keep-every", type=positive_int, metavar="STEPS",
+                        help="keep the adapter (or model) of every so many steps, in DIR/steps/STEP")
+    parser.add_argument("--resume", action="store_true", help="refuse to begin: only continue a run that was stopped")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="say what would be trained on, what left out, and about how much memory it takes")
     training_options(parser)
     device_options(parser)
     args = parser.parse_args(argv)
@@ -60,6 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--full and --from-scratch train the model's own weights, --adapter an adapter: give one of them")
     if args.save_dtype and not args.full:
         parser.error("--save-dtype is of a whole model (--full); adapters are saved in float32")
+    if args.validate_every and not args.validate:
+        parser.error("--validate-every needs the number of rows to hold out, --validate")
     for name in NEW_ADAPTER:
         if (args.full or args.adapter) and getattr(args, name) is not None:
             parser.error(f"--{name} is of a new adapter: not to be given with --full, --from-scratch or --adapter")
@@ -93,9 +104,12 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=number(int, low=1, high=10**6), help="optimiser steps, instead of --epochs")
     group.add_argument("--batch-tokens", type=positive_int, default=4096,
                        help="tokens of an optimiser step, at most; a longer conversation is a step of its own")
-    group.add_argument("--micro-batch-tokens", type=positive_int, default=1024,
+    group.add_argument("--micro-batch-tokens", type=positive_int,
                        help="tokens in one forward pass: lower it if memory runs out; changes no result but the units "
-                       "that dropout hits")
+                       "that dropout hits (default: 512, on a GPU 4096)")
+    group.add_argument("--checkpoint-activations", action="store_true",
+                       help="keep each block's input alone and compute it again for the gradient: far less memory, a "
+                       "third more work, the same result")
     group.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest norm of the gradient")
     group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="decoupled, as AdamW's")
     group.add_argument("--prompt-loss-weight", type=number(float, low=0, high=1), default=0.0,
@@ -124,16 +138,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.n is not None and args.n > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
     rows = rows[: args.n]
+    if args.validate and args.validate >= len(rows):
+        raise UserError(f"--validate {args.validate} of {len(rows)} rows leaves none to train on")
     deciding = ("n", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
                 "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
-                "weight_decay", "prompt_loss_weight", "seed")
+                "weight_decay", "prompt_loss_weight", "validate", "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),
                **{name: getattr(args, name) for name in deciding}}
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
-    if same_run_folder(record, options) and (args.out / "metrics.jsonl").exists():
+    begun = not args.dry_run and same_run_folder(record, options)
+    if begun and (args.out / "metrics.jsonl").exists():
         (args.out / STATE).unlink(missing_ok=True)
         print(f"{args.out}: done already")
         return
+    if args.resume and not begun:
+        raise UserError(f"{args.out} holds no run of this command to continue; leave --resume out to begin one")
 
     import torch
     from tqdm import tqdm
@@ -144,11 +163,40 @@ def main(argv: list[str] | None = None) -> None:
     from model import lora, weights
     from model.attention import Packed
     from model.chat import Chat
+    from model.config import read_config
     from model.loss import chunked_nll
 
-    # The model, with what is trained switched on
+    # The data, and the examples of every step
     folder = model_folder(args.model)
     device, dtype = resolve_device(args.device, args.dtype)
+    args.micro_batch_tokens = args.micro_batch_tokens or (4096 if device.type == "cuda" else 512)
+    shape = read_config(folder)
+    chat, context = Chat(folder, shape, args.template_options, args.today), shape.max_positions
+    if args.max_length and args.max_length > context:
+        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {context}")
+    examples, dropped = encode_rows(chat, rows, args.max_length or context, args.drop_long)
+    held_out = {row["id"] for row in rows[len(rows) - (args.validate or 0) :]}
+    validation = [example for example in examples if example.id in held_out]
+    examples = [example for example in examples if example.id not in held_out]
+    if not examples or (args.validate and not validation):
+        raise UserError(f"{len(dropped)} rows are dropped{listed(dropped)}; {len(examples)} are left to train on and "
+                        f"{len(validation)} to validate on")
+    lengths = [len(example.tokens) for example in examples]
+    plan = plan_steps(lengths, args.batch_tokens, args.seed, args.epochs, args.steps)
+    facts = {"data": str(args.data), "adapter": args.adapter,
+             "rows": len(rows), "dropped": dropped, "conversations": len(examples), "validation": len(validation),
+             "cut_responses": sum(row.get("finish_reason") == "length" for row in rows), "tokens": sum(lengths),
+             "supervised_tokens": sum(example.supervised for example in examples), "steps": len(plan)}
+    held = f" - {len(validation)} held out" if validation else ""
+    print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped{listed(dropped)}{held} = {len(examples)} "
+          f"conversations ({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} "
+          f"tokens, {facts['supervised_tokens']} supervised, {facts['steps']} steps")
+    print(show_example(chat, examples[plan[0][0]]))
+    if args.dry_run:
+        dry_run(args, shape, examples, plan, dtype)
+        return
+
+    # The model, with what is trained switched on
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
@@ -164,29 +212,36 @@ def main(argv: list[str] | None = None) -> None:
         config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets))
         lora.attach(model, config, args.seed)
     model.train()
+    model.checkpoint_activations = args.checkpoint_activations
     autocast = args.full and dtype != torch.float32
     precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
 
-    # The data, and the examples of every step
-    chat = Chat(folder, model.config, args.template_options, args.today)
-    if args.max_length and args.max_length > model.config.max_positions:
-        raise UserError(f"--max-length {args.max_length} is beyond the model's context of {model.config.max_positions}")
-    examples, dropped = encode_rows(chat, rows, args.max_length or model.config.max_positions, args.drop_long)
-    lengths = [len(example.tokens) for example in examples]
-    plan = plan_steps(lengths, args.batch_tokens, args.seed, args.epochs, args.steps)
-    facts = {"data": str(args.data), "adapter": args.adapter,
-             "rows": len(rows), "dropped": dropped, "conversations": len(examples),
-             "cut_responses": sum(row.get("finish_reason") == "length" for row in rows), "tokens": sum(lengths),
-             "supervised_tokens": sum(example.supervised for example in examples), "steps": len(plan)}
-    print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped{listed(dropped)} = {facts['conversations']} "
-          f"conversations ({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} "
-          f"tokens, {facts['supervised_tokens']} supervised, {facts['steps']} steps")
-    print(show_example(chat, examples[plan[0][0]]))
+    def summed_nll(part: list["Example"]) -> torch.Tensor:
+        batch = pack(part, device, args.prompt_loss_weight)
+        with precision:
+            hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
+            # the head sees the places that predict a token of the loss, and no others
+            return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
+
+    @torch.no_grad()
+    def validation_loss() -> float:
+        model.eval()
+        parts = group(range(len(validation)), [len(example.tokens) for example in validation], args.micro_batch_tokens)
+        total = sum(summed_nll([validation[i] for i in part]).item() for part in parts)
+        model.train()
+        return total / sum(example.weight(args.prompt_loss_weight) for example in validation)
+
+    def save(out: Path) -> None:
+        if args.full:
+            weights.save(model, folder, out, getattr(torch, args.save_dtype) if args.save_dtype else dtype)
+        else:
+            lora.save(model, config, out, args.model)
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers = make_optimizers(args, parameters)
     write_record(record, options, facts)
     start = load_state(args.out / STATE, parameters, optimizers)
+    before = shown = validation_loss() if validation and start == 0 else None
     with (GrowingRows(args.out / "metrics.jsonl", key="step") as metrics,
           tqdm(total=len(plan), initial=start, desc=args.out.name, unit="step", disable=None) as progress):
         for step in range(start, len(plan)):
@@ -198,11 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             total = sum(examples[i].weight(args.prompt_loss_weight) for i in plan[step])
             loss = 0.0
             for part in group(plan[step], lengths, args.micro_batch_tokens):
-                batch = pack([examples[i] for i in part], device, args.prompt_loss_weight)
-                with precision:
-                    hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
-                    # the head sees the places that predict a token of the loss, and no others
-                    nll = chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
+                nll = summed_nll([examples[i] for i in part])
                 # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
                 (nll / total).backward()
                 loss += nll.item() / total
@@ -217,23 +268,58 @@ def main(argv: list[str] | None = None) -> None:
 
             seconds = time.perf_counter() - began
             tokens = sum(lengths[i] for i in plan[step])
-            metrics.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
-                            "supervised_tokens": sum(examples[i].supervised for i in plan[step]),
-                            "seconds": round(seconds, 3),
-                            "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mb": peak_memory(device)})
+            supervised = sum(examples[i].supervised for i in plan[step])
+            row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+                   "supervised_tokens": supervised, "seconds": round(seconds, 3),
+                   "tokens_per_second": round(tokens / seconds, 1), "peak_memory_mb": peak_memory(device)}
+            if validation and step == 0:
+                row["validation_loss_before"] = before
+            if validation and (step + 1 == len(plan) or (step + 1) % (args.validate_every or len(plan)) == 0):
+                row["validation_loss"] = shown = validation_loss()
+            metrics.append(row)
+            if args.keep_every and (step + 1) % args.keep_every == 0:
+                save(args.out / "steps" / str(step + 1))
             if (step + 1) % args.save_every == 0:
                 save_state(args.out / STATE, parameters, optimizers, step + 1)
-            progress.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:.0f} tokens/s", refresh=False)
+            validated = "" if shown is None else f", validation {shown:.4f}"
+            progress.set_postfix_str(
+                f"loss {loss:.4f}{validated}, gradient {norm:.3f}, lr {lr:.1e}, {supervised} supervised, "
+                f"{tokens / seconds:.0f} tokens/s, {row['peak_memory_mb']} MB", refresh=False)
             progress.update()
 
-        if args.full:
-            weights.save(model, folder, args.out, getattr(torch, args.save_dtype) if args.save_dtype else dtype)
-        else:
-            lora.save(model, config, args.out, args.model)
+        save(args.out)
         metrics.finish(metrics.rows[step] for step in range(1, len(plan) + 1))  # last: it says that all is there
     (args.out / STATE).unlink(missing_ok=True)
     print(f"{args.out}: loss {metrics.rows[1]['loss']:.4f} at the first step, {metrics.rows[len(plan)]['loss']:.4f} at "
           f"the last, {sum(row['seconds'] for row in metrics.rows.values()):.0f} s")
+
+
+def dry_run(args: argparse.Namespace, shape: "ModelConfig", examples: list["Example"], plan: list[list[int]],
+            dtype: "torch.dtype") -> None:
+    """Print the longest conversations and an estimate of a step's memory."""
+    import torch
+
+    from data.packing import group
+    from model import lora
+    from model.decoder import Decoder
+    from model.memory import training_memory
+
+    lengths = [len(example.tokens) for example in examples]
+    longest = sorted(examples, key=lambda example: -len(example.tokens))[:5]
+    print("longest: " + ", ".join(f"{example.id} ({len(example.tokens)} tokens)" for example in longest))
+    largest = max(sum(lengths[i] for i in part)
+                  for step in plan for part in group(step, lengths, args.micro_batch_tokens))
+    with torch.device("meta"):
+        model = Decoder(shape)
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.adapter:
+        lora.load(model, args.adapter)
+    elif not args.full:
+        lora.attach(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
+    parts = training_memory(model, largest, dtype)
+    listing = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
+    print(f"memory: about {sum(parts.values()) / 1e6:,.1f} MB and the libraries, with {largest} tokens in the largest "
+          f"forward pass ({listing}); nothing was trained")
 
 
 def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -> tuple[list["Example"], list[str]]:

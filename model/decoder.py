@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attend, Rotation
 from model.config import ModelConfig
@@ -29,8 +30,9 @@ def fused(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, in) times weight (out, in), to (…, out): for a row the same whatever the others are (LOG.md, 2026-11-24)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled() and ONE_DNN:
+    """x (…, in) times weight (out, in), to (…, out); for a row the same whatever the others are (LOG, 2026-11-24)."""
+    plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    if x.device.type == "cpu" and x.dtype == torch.float32 and plain and ONE_DNN:
         # F.linear takes MKL for float32, which on an AMD processor took 1.4 times as long for 16 rows, 1.2 for 64
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -111,6 +113,21 @@ class Attention(nn.Module):
         return self.o_proj(attend(layer, q, k, v, rotation).flatten(-2))  # (T, H, D) → (T, E)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, keeping gate and up for the gradient. Autograd would keep silu(gate) too: a seventh more than
+    all that a training step keeps."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
@@ -123,7 +140,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) to (T, E)."""
         gate, up = self.gate_proj(x), self.up_proj(x)  # (T, F)
-        return self.down_proj(kernels.silu_mul(gate, up) if fused(x) else F.silu(gate) * up)  # (T, F) → (T, E)
+        return self.down_proj(kernels.silu_mul(gate, up) if fused(x) else _SwiGLU.apply(gate, up))  # (T, F) → (T, E)
 
 
 class Block(nn.Module):
@@ -149,6 +166,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep a block's input alone, and compute the block again for its gradient
         table = torch.empty(config.vocab_size, config.hidden_size)  # given, so that it is not drawn: see `Linear`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -173,7 +191,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)  # (T, E)
         rotation = self.rotation(positions, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, attend, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotation, attend, i, use_reentrant=False)
+            else:
+                x = layer(x, rotation, attend, i)
         return self.norm(x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from base.hub import model_folder
 from base.options import DTYPES, Parser, number
 from model import weights
 from model.config import PROJECTIONS
-from model.decoder import Decoder
+from model.decoder import Decoder, linear
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the mathematics of a PEFT adapter, and the values under which it is the one computed here
@@ -62,6 +62,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) to (T, out)."""
+        if torch.is_grad_enabled() and not (self.dropout and self.training):
+            return _AdaptedProduct.apply(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (T, r)
         # the scale goes where the tensor is smallest
         return self.base(x) + F.linear(low * self.scale, self.lora_B.to(x.dtype))  # (T, out)
@@ -69,6 +71,31 @@ class LoRALinear(nn.Module):
     def delta(self) -> Tensor:
         """(out, in) float32: what the adapter adds to the base weight."""
         return self.scale * (self.lora_B @ self.lora_A)
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """`LoRALinear.forward` and its gradients in the fewest passes: the products with the rank add their result to the
+    large one's, where autograd's own way through the same formula adds whole (T, out) and (T, in) tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None,
+                lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+        low = F.linear(x, lora_A.to(x.dtype)) * scale  # (T, r)
+        out = linear(x, weight, bias)  # (T, out)
+        ctx.save_for_backward(x, low, weight, lora_A, lora_B)
+        ctx.scale = scale
+        return out.addmm_(low, lora_B.T.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight, lora_A, lora_B = ctx.saved_tensors
+        grad_low = (grad @ lora_B.to(x.dtype)) * ctx.scale  # (T, r)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad, weight.T).addmm_(grad_low, lora_A.to(x.dtype))  # (T, in)
+        grad_A, grad_B = grad_low.T @ x, grad.T @ low  # (r, in), (out, r)
+        return grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
 
 
 def adapted(model: Decoder) -> dict[str, LoRALinear]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import Packed
-from model.decoder import Decoder
+from model.decoder import Decoder, linear
 
 CHUNK = 256  # positions whose logits exist at once
 
@@ -26,19 +26,20 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ weight.T).float()  # (C, V)
+            logits = linear(hidden[part], weight).float()  # (C, V); what follows is done in its place
+            logprobs = torch.log_softmax(logits, -1, out=logits)
             rows = torch.arange(len(logits), device=logits.device)
             # multiplied and added, not a product of vectors, which autocast would round to bfloat16
-            total += (token_weights[part] * (logits.logsumexp(-1) - logits[rows, targets[part]])).sum()
+            total -= (token_weights[part] * logprobs[rows, targets[part]]).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d/dlogits of the sum: w (softmax - one-hot)
-            grad_logits = logits.softmax(-1)
+            grad_logits = logprobs.exp_()
             grad_logits[rows, targets[part]] -= 1
             grad_logits *= token_weights[part, None]
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                grad_hidden[part] = linear(grad_logits, weight.T)
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)

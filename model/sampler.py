@@ -56,7 +56,7 @@ class _Row:
     path: list[int] = field(default_factory=list)  # its nodes in the prefix tree
     blocks: list[int] = field(default_factory=list)  # of the cache
     cached: int = 0  # tokens of the prompt that another row has computed, or computes in the same pass
-    sources: list[int] = field(default_factory=list)  # of those behind the last whole block: whose block holds each NODE
+    sources: list[int] = field(default_factory=list)  # of those behind the last whole block: where each NODE lies
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import train
 from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.chat import Chat
+from model.loss import response_logprobs
 from model.sampler import Sampler
 from model.weights import read_tensors
 
@@ -163,6 +165,70 @@ def test_train_continues_after_a_kill_to_the_same_bits(what: str, script: Script
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     losses = [[row["loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) > 40
+
+
+def test_train_killed_at_ten_random_moments(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """With a state, an adapter to keep and a validation every step, so that kills hit while files are written."""
+    arguments = train_arguments(tiny, rows, "--epochs", 40, "--validate", 2, "--validate-every", 1, "--keep-every", 1)
+    assert script(*arguments, "--out", tmp_path / "whole").returncode == 0
+    partial, moments = tmp_path / "cut" / "metrics.partial.jsonl", random.Random(0)
+    for i in range(10):
+        def ready(after: int = 4 * i, wait: float = moments.uniform(0, 0.03)) -> bool:
+            reached = count_lines(partial) > after
+            time.sleep(wait if reached else 0)
+            return reached
+
+        assert kill_when([*arguments, "--out", tmp_path / "cut"], ready) == -signal.SIGKILL
+    assert script(*arguments, "--resume", "--out", tmp_path / "cut").returncode == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    exact = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "validation_loss", "validation_loss_before")
+    rows_of = [[{name: row[name] for name in exact if name in row} for row in
+                read_metrics(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")]
+    assert rows_of[0] == rows_of[1] and len(rows_of[0]) > 40
+
+
+def test_checkpoints_and_validation(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """What --keep-every keeps is what a shorter run ends with; the held-out rows are not trained on."""
+    arguments = [*train_arguments(tiny, rows), "--schedule", "constant", "--warmup", 0, "--dropout", 0]
+    validating = [*arguments, "--validate", 3, "--validate-every", 4, "--keep-every", 4]
+    assert script(*validating, "--steps", 10, "--out", tmp_path / "long").returncode == 0
+    assert script(*validating, "--steps", 4, "--checkpoint-activations", "--out", tmp_path / "short").returncode == 0
+    kept = tmp_path / "long" / "steps"
+    assert sorted(os.listdir(kept)) == ["4", "8"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (kept / "4" / name).read_bytes() == (tmp_path / "short" / name).read_bytes()
+    metrics = read_metrics(tmp_path / "long" / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "validation_loss" in row] == [4, 8, 10]
+    # by hand: the mean over the supervised tokens of the last three rows, before training and behind step 4
+    model = weights.load(tiny, torch.device("cpu"), torch.float32)
+    chat, held = Chat(tiny, model.config), read_rows(rows)[-3:]
+
+    def loss() -> float:
+        found = []
+        for row in held:
+            turn = chat.turn(row["prompt"], row["response"])
+            found.append(response_logprobs(model, turn.tokens, turn.first, turn.last))
+        return -torch.cat(found).mean().item()
+
+    assert metrics[0]["validation_loss_before"] == pytest.approx(loss(), rel=1e-5)
+    lora.load(model, str(kept / "4"))
+    assert metrics[3]["validation_loss"] == pytest.approx(loss(), rel=1e-5)
+    write_rows(tmp_path / "first.jsonl", read_rows(rows)[:-3])
+    without = ["train.py", "--model", tiny, "--data", tmp_path / "first.jsonl", *arguments[5:], "--steps", 4]
+    assert script(*without, "--out", tmp_path / "without").returncode == 0
+    assert contents(tmp_path / "without")["adapter_model.safetensors"] == (
+        tmp_path / "short" / "adapter_model.safetensors").read_bytes()
+
+
+def test_dry_run_writes_nothing(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    done = script(*train_arguments(tiny, rows, "--dry-run", "--out", tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "20 rows - 0 dropped = 20 conversations" in done.stdout and "⟦answer" in done.stdout
+    assert "longest: 14 (" in done.stdout and "MB and the libraries" in done.stdout
+    assert not (tmp_path / "out").exists()
+    other = script(*train_arguments(tiny, rows, "--resume", "--out", tmp_path / "out"))
+    assert other.returncode == 2 and "no run of this command to continue" in other.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_training_writes_a_model(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
@@ -439,6 +505,9 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, tmp_path / "long.jsonl"), "2 of 4 conversations are longer than 256 tokens (r2, r3)"),
         ((*train, tmp_path / "long.jsonl", "--max-length", 5, "--drop-long"), "4 are longer than 5"),
         ((*train, rows, "--n", 21), "20 rows"),
+        ((*train, rows, "--validate", 20), "leaves none to train on"),
+        ((*train, rows, "--validate-every", 2), "--validate-every needs"),
+        ((*train, rows, "--resume"), "no run of this command"),
         ((*train, rows, "--max-length", 300), "context of 256"),
         ((*train, rows, "--seed", 2**64), "--seed"),
         ((*train, rows, "--out", rows / "x"), str(rows)),

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import ROOT, build_model, run_process
 
 import train
 from base.errors import UserError
 from data.packing import Example, epoch_order, group, pack, plan_steps
 from model import lora, weights
 from model.attention import Packed
-from model.decoder import Decoder
+from model.decoder import Decoder, Linear, _SwiGLU
 from model.loss import CHUNK, chunked_nll, nll_reference
+from model.memory import training_memory
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,20 @@ def test_chunked_loss_is_summed_in_float32_under_autocast() -> None:
         ours = chunked_nll(hidden, weight, targets, token_weights)
     theirs = nll_reference(hidden, weight, targets, token_weights)
     assert ours.dtype == torch.float32 and relative(ours, theirs) < 1e-5
+
+
+def test_the_loss_takes_no_memory_by_the_vocabulary() -> None:
+    """Peak memory of a process, 512 and 4,096 tokens at a vocabulary of 152k: by far less than a row of logits each."""
+    script = ("import sys, torch\nfrom model.loss import chunked_nll\nfrom bench_train import peak_memory\n"
+              "n, weight = int(sys.argv[1]), torch.randn(151_936, 64)\n"
+              "hidden = torch.randn(n, 64, requires_grad=True)\n"
+              "chunked_nll(hidden, weight, torch.arange(n), torch.ones(n)).backward()\nprint(peak_memory())")
+    peaks = []
+    for count in (512, 4096):
+        done = run_process("-c", script, count, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    assert (peaks[1] - peaks[0]) / (4096 - 512) < 4 * 151_936 / 50
 
 
 def test_frozen_head_gets_no_gradient() -> None:
@@ -188,6 +203,120 @@ def test_new_adapter_changes_nothing_and_detach_restores(tiny: Path) -> None:
     assert not torch.allclose(logits_of(adapted, tokens), before)
     lora.detach(adapted)
     assert torch.equal(logits_of(adapted, tokens), before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapted_product_equals_autograd(bias: bool, dtype: torch.dtype) -> None:
+    """Value and gradients of `LoRALinear` against its formula, which it computes where no gradient is wanted."""
+    torch.manual_seed(0)
+    base = Linear(24, 40, bias=bias, dtype=dtype)
+    torch.nn.init.normal_(base.weight)
+    if bias:
+        torch.nn.init.normal_(base.bias)
+    layer = lora.LoRALinear(base.requires_grad_(False), 4, 0.7, 0.0)
+    torch.nn.init.normal_(layer.lora_A)
+    torch.nn.init.normal_(layer.lora_B)
+    x, direction = torch.randn(9, 24, dtype=dtype, requires_grad=True), torch.randn(9, 40, dtype=dtype)
+    inputs = (x, layer.lora_A, layer.lora_B)
+
+    def formula(x: torch.Tensor) -> torch.Tensor:
+        low = x @ layer.lora_A.to(dtype).T
+        return x @ base.weight.T + (base.bias if bias else 0) + (low * 0.7) @ layer.lora_B.to(dtype).T
+
+    found = layer(x), *torch.autograd.grad(layer(x), inputs, direction)
+    expected = formula(x), *torch.autograd.grad(formula(x), inputs, direction)
+    with torch.no_grad():
+        assert relative(layer(x), expected[0]) < (1e-6 if dtype == torch.float32 else 1e-2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative(ours, theirs) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert base.weight.grad is None
+
+
+def test_swiglu_equals_autograd() -> None:
+    torch.manual_seed(0)
+    gate, up, direction = (torch.randn(9, 24, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), direction)
+    for ours, theirs in zip(torch.autograd.grad(_SwiGLU.apply(gate, up), (gate, up), direction), expected, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_equals_not(dropout: float, tiny: Path) -> None:
+    """Blocks that are computed again for their gradient: the same to the bit, dropout included."""
+    model, _ = adapted_model(tiny, dropout=dropout)
+    model.train()
+    rows = examples(model.config.vocab_size)
+    found = []
+    for model.checkpoint_activations in (False, True):
+        torch.manual_seed(3)
+        found.append(gradients(model, [rows[:5], rows[5:]]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_memory_on_paper_is_what_autograd_keeps(checkpointed: bool, tiny: Path) -> None:
+    model, _ = adapted_model(tiny)
+    model.checkpoint_activations = checkpointed
+    tokens, kept = 200, {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(torch.arange(tokens) % 50, torch.arange(tokens), Packed([tokens]))
+    found = sum(storage.nbytes() for storage in kept.values()) / tokens
+    hidden.sum().backward()
+    config = model.config
+    block = training_memory(model, 1, torch.float32)["activations"] / (config.num_layers + 1)
+    if checkpointed:
+        inputs = 4 * config.hidden_size * config.num_layers
+        assert inputs <= found < 1.5 * inputs + 400
+    else:
+        assert 0.9 < found / (block * config.num_layers) < 1.2
+
+
+def test_losses_of_twenty_steps_equal_pefts(tiny: Path, tmp_path: Path) -> None:
+    """Our step and a plain loop over transformers and PEFT, row by row: same rows, order, adapter, AdamW, clipping."""
+    import transformers
+    from peft import PeftModel
+
+    model, config = adapted_model(tiny)
+    lora.save(model, config, tmp_path, str(tiny))
+    theirs = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+                                       tmp_path, is_trainable=True)
+    rows = examples(model.config.vocab_size)
+    plan = plan_steps([len(row.tokens) for row in rows], 100, seed=3, steps=20)
+    curves = []
+    for trained in (model, theirs):
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        optimizer, curve = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0), []
+        for step in plan:
+            batch = [rows[i] for i in step]
+            optimizer.zero_grad()
+            if trained is model:
+                loss, _ = gradients(model, [batch])
+            else:
+                total, loss = sum(row.supervised for row in batch), 0.0
+                for row in batch:
+                    labels = torch.full((1, len(row.tokens)), -100)
+                    for first, last in row.spans:
+                        labels[0, first:last] = torch.tensor(row.tokens[first:last])
+                    mean = theirs(input_ids=torch.tensor([row.tokens]), labels=labels).loss
+                    (mean * row.supervised / total).backward()
+                    loss += mean.item() * row.supervised / total
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            curve.append(loss)
+        curves.append(curve)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 def test_dropout_only_in_training(tiny: Path) -> None:
