@@ -142,12 +142,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--validate {args.validate} of {len(rows)} rows leaves none to train on")
     deciding = ("n", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
                 "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
-                "weight_decay", "prompt_loss_weight", "validate", "seed")
+                "weight_decay", "prompt_loss_weight", "validate", "validate_every", "keep_every",
+                "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),
                **{name: getattr(args, name) for name in deciding}}
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
-    begun = not args.dry_run and same_run_folder(record, options)
-    if begun and (args.out / "metrics.jsonl").exists():
+    begun = same_run_folder(record, options)
+    if begun and not args.dry_run and (args.out / "metrics.jsonl").exists():
         (args.out / STATE).unlink(missing_ok=True)
         print(f"{args.out}: done already")
         return
@@ -181,11 +182,13 @@ def main(argv: list[str] | None = None) -> None:
     if not examples or (args.validate and not validation):
         raise UserError(f"{len(dropped)} rows are dropped{listed(dropped)}; {len(examples)} are left to train on and "
                         f"{len(validation)} to validate on")
+    trained = {example.id for example in examples}
     lengths = [len(example.tokens) for example in examples]
     plan = plan_steps(lengths, args.batch_tokens, args.seed, args.epochs, args.steps)
     facts = {"data": str(args.data), "adapter": args.adapter,
              "rows": len(rows), "dropped": dropped, "conversations": len(examples), "validation": len(validation),
-             "cut_responses": sum(row.get("finish_reason") == "length" for row in rows), "tokens": sum(lengths),
+             "cut_responses": sum(row.get("finish_reason") == "length" and row["id"] in trained for row in rows),
+             "tokens": sum(lengths),
              "supervised_tokens": sum(example.supervised for example in examples), "steps": len(plan)}
     held = f" - {len(validation)} held out" if validation else ""
     print(f"{args.out}: {facts['rows']} rows - {len(dropped)} dropped{listed(dropped)}{held} = {len(examples)} "
@@ -229,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         parts = group(range(len(validation)), [len(example.tokens) for example in validation], args.micro_batch_tokens)
         total = sum(summed_nll([validation[i] for i in part]).item() for part in parts)
         model.train()
+        if not math.isfinite(total):
+            raise UserError(f"the validation loss is {total}: a lower --lr with another --out would do")
         return total / sum(example.weight(args.prompt_loss_weight) for example in validation)
 
     def save(out: Path) -> None:

@@ -30,7 +30,7 @@ def fused(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, in) times weight (out, in), to (…, out); for a row the same whatever the others are (LOG, 2026-11-24)."""
+    """x (…, in) times weight (out, in), to (…, out); a row comes out the same whatever the others are (LOG.md)."""
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     if x.device.type == "cpu" and x.dtype == torch.float32 and plain and ONE_DNN:
         # F.linear takes MKL for float32, which on an AMD processor took 1.4 times as long for 16 rows, 1.2 for 64
@@ -42,7 +42,8 @@ def turn_weights(model: "Decoder") -> None:
     """Lay the weights of the blocks' products out input by input, on the CPU in float32; their values don't change.
 
     oneDNN multiplies few rows by them faster (16 rows by 1.2, 64 by 1.1), to the same bits. Not done when weights are
-    loaded, since it takes longer than that.
+    loaded, since it takes longer than that; and those that were read in place from a float32 file take memory of their
+    own from then on.
     """
     for module in model.layers.modules():
         if isinstance(module, Linear) and module.weight.is_cpu and module.weight.dtype == torch.float32:

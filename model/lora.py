@@ -197,8 +197,8 @@ def load(model: Decoder, name: str, scale: float = 1.0) -> LoRAConfig:
             raise UserError(f"{folder}: {key} is {tensor.dtype} or not finite; an adapter is finite floats")
         pairs.setdefault(layer, {})[part] = tensor
     for layer, pair in pairs.items():
-        linear = layers[layer]
-        shapes = {"lora_A": (config.rank, linear.in_features), "lora_B": (linear.out_features, config.rank)}
+        base = layers[layer]
+        shapes = {"lora_A": (config.rank, base.in_features), "lora_B": (base.out_features, config.rank)}
         for part, shape in shapes.items():
             if part not in pair or pair[part].shape != shape:
                 found = list(pair[part].shape) if part in pair else "missing"

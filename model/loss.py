@@ -56,6 +56,8 @@ def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: 
     hidden (N, E) of the positions before the targets, weight (V, E) of the head, targets (N,) int64, token_weights
     (N,) float32: how much each counts.
     """
+    if not torch.is_grad_enabled():  # autograd says whether a tensor wants a gradient, not whether there will be one
+        hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedNLL.apply(hidden, weight, targets, token_weights)
 
 

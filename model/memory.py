@@ -9,7 +9,7 @@ import torch
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.lora import LoRAConfig, attach
+from model.lora import LoRAConfig, adapted, attach
 from model.loss import CHUNK
 
 
@@ -17,7 +17,7 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     """Bytes of each part at the fullest moment of a step, for `tokens` in a forward pass whose products are in `dtype`.
 
     `model` may be on the meta device; what is trained is what requires a gradient, and float32. Not counted: the
-    libraries themselves, and what an allocator can't give back.
+    libraries themselves, what an allocator can't give back, and where all weights are trained their copies in `dtype`.
     """
     config, size = model.config, dtype.itemsize
     parameters = list(model.parameters())
@@ -27,6 +27,11 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     # per token: norms keep their float32 input, products theirs; attention keeps q, k and v for all heads, and the
     # values it mixes, per sequence and again as the input of the product behind it; SwiGLU keeps both factors
     block = 2 * 4 * hidden + size * (2 * hidden + 5 * heads + 3 * config.intermediate_size)
+    if config.qk_norm:
+        block += 4 * (heads + config.num_kv_heads * config.head_dim)
+    if any(adapter.dropout for adapter in adapted(model).values()):
+        # each adapter's own input and what it was multiplied by, in the place of those that products share
+        block += size * (8 * hidden + heads + config.intermediate_size)
     kept = size * hidden * config.num_layers if model.checkpoint_activations else block * config.num_layers
     return {
         "weights": frozen * size + trained * 4, "gradients": trained * 4, "optimiser": trained * 8,
@@ -47,13 +52,14 @@ def main() -> None:
         with torch.device("meta"):
             model = Decoder(config)
         attach(model, LoRAConfig())
-        for model.checkpoint_activations in (False, True):
+        for checkpointed in (False, True):
+            model.checkpoint_activations = checkpointed
             parts = training_memory(model, 1, torch.bfloat16)
             fixed = sum(parts.values()) - parts["activations"]
             # a tenth is left to the allocator and to CUDA
             most = [max(0, int((0.9 * card * 1e9 - fixed) / parts["activations"])) for card in (24, 48, 80)]
             trained = parts["gradients"] + parts["optimiser"]
-            print(f"{name:18}{'yes' if model.checkpoint_activations else 'no':14}{parts['weights'] / 1e9:9.1f}"
+            print(f"{name:18}{'yes' if checkpointed else 'no':14}{parts['weights'] / 1e9:9.1f}"
                   f"{trained / 1e9:9.2f}{parts['logits'] / 1e9:8.2f}{parts['activations'] / 1e3:12,.0f}"
                   + "".join(f"{tokens:>{26 if i == 0 else 12},}" for i, tokens in enumerate(most)))
 

@@ -30,7 +30,8 @@ PREFILL_TOKENS = 1024  # prompt tokens in one forward pass, to bound its activat
 # Steps that a GPU takes before the host looks at their tokens. A row that ends among them is computed to the last of
 # them in vain: 4 tokens on average, for one wait in 8 steps
 STEPS = 8
-WORTH_TURNING = 16  # steps, each some 8 % faster (64 rows), for which `turn_weights` is worth two
+WORTH_TURNING = 16  # new tokens: `turn_weights` takes as long as two steps, and makes each some 8 % faster
+CHOICE_ROWS = 16  # in one go on the CPU: a few MB, which the allocator keeps, where all rows' come from the system anew
 GIB = 2**30
 
 
@@ -55,8 +56,10 @@ class _Row:
     uniforms: np.ndarray | None = None  # (limit + STEPS,) float64, drawn when the row is begun
     path: list[int] = field(default_factory=list)  # its nodes in the prefix tree
     blocks: list[int] = field(default_factory=list)  # of the cache
-    cached: int = 0  # tokens of the prompt that another row has computed, or computes in the same pass
-    sources: list[int] = field(default_factory=list)  # of those behind the last whole block: where each NODE lies
+    # tokens of the prompt that another row has computed, or computes in the same pass: whole blocks, which are shared
+    # for the pass, and a rest, which is copied
+    cached: int = 0
+    sources: list[int] = field(default_factory=list)  # blocks to copy the rest of these from, one for each NODE
 
     @property
     def length(self) -> int:
@@ -86,7 +89,7 @@ class Sampler:
         self.slots = slots or (256 if model.device.type == "cuda" else 128)
         self.kv_memory, self.share_prefixes = kv_memory, share_prefixes
         self.peak_cache_bytes = 0  # of the last call of `generate`: the blocks in use when they were most
-        self._logits: Tensor | None = None  # (slots, V), on the CPU: see `Decoder.logits`
+        self._logits: Tensor | None = None  # (most rows at a time, V), on the CPU: see `Decoder.logits`
 
     def generate(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> Iterator[Response]:
         """Sample one response to each (id, token ids), yielding each as it finishes.
@@ -98,6 +101,8 @@ class Sampler:
             return
         if self.max_new_tokens > WORTH_TURNING:
             turn_weights(self.model)
+        if self.model.device.type == "cpu":
+            self._logits = torch.empty(min(self.slots, len(waiting)) + GROUP, self.model.config.vocab_size)
         cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
         tree = PrefixTree(cache)
         if self.share_prefixes:
@@ -289,10 +294,9 @@ class Sampler:
         """
         if not hidden.is_cpu:
             return self._choose_rows(self.model.logits(hidden), uniforms)
-        if self._logits is None:
-            self._logits = torch.empty(self.slots + GROUP, self.model.config.vocab_size)
         logits = self.model.logits(hidden, out=self._logits[: len(hidden)])
-        parts = [self._choose_rows(*part) for part in zip(logits.split(16), uniforms.split(16), strict=True)]
+        parts = zip(logits.split(CHOICE_ROWS), uniforms.split(CHOICE_ROWS), strict=True)
+        parts = [self._choose_rows(*part) for part in parts]
         chosen, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
         return chosen, logprobs
 

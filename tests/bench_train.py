@@ -1,18 +1,18 @@
 """What LoRA SFT costs, against TRL's SFTTrainer with PEFT; and how its memory grows with the vocabulary.
 
-    python tests/bench_train.py --data teacher.jsonl         # both checkpoints: an hour on two cores
+    python tests/bench_train.py --data teacher.jsonl         # everything: half an hour on two cores
     python tests/bench_train.py curve --data teacher.jsonl   # a part of it
 
-SmolLM2-135M-Instruct  4,096 tokens a step, rank 16 on all linear layers: supervised tokens per second and peak memory
-Qwen2.5-Coder-0.5B     the same at 1,024 tokens a step
-curve                  the loss of 20 steps of TRL and of ours: the same rows, order, initial adapter, hyperparameters
-vocabulary             what a step at a vocabulary of 152k keeps beyond the model, by supervised tokens
+smollm2     SmolLM2-135M-Instruct, 4,096 tokens a step, rank 16 on all linear layers: supervised tokens per second, peak
+            memory
+qwen        Qwen2.5-Coder-0.5B-Instruct, the same at 1,024 tokens a step
+curve       the loss of 20 steps of TRL and of ours: the same rows, order, initial adapter, hyperparameters
+vocabulary  what the loss adds to a process's memory at a vocabulary of 152k, by supervised tokens
 
-Each side runs in a process of its own and waits while the other has its
-turn: one step of one, one of the other, so that what else the machine does hits all alike. A step is the same rows on
-all sides. TRL pads (its default, by batch size) or packs (without attention across rows); a setting is one of its
-micro-batch sizes, and the one with the most supervised tokens per second in one step is taken. Memory is a process's
-peak, libraries included.
+Each side runs in a process of its own and waits while the others have their turn: one step of one, one of the next, so
+that what else the machine does hits all alike. A step is the same rows on all sides. TRL pads (its default) or packs
+(without attention across rows), and keeps all activations, as we do. Of its micro-batch sizes the one with the most
+supervised tokens per second in one step is taken. Memory is a process's peak, libraries included.
 
 --data: rows of `generate.py --prompts alpaca --n 256`. Needs the hub cache and requirements-peers.txt. A table and
 one line of JSON come last.
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each side")
     args = parser.parse_args()
     if unknown := set(args.sections) - set(sections):
         parser.error(f"no section {', '.join(unknown)}")
@@ -91,7 +91,7 @@ def peak_memory() -> int:
 
 
 def ours(name: str, adapter: Path, micro: int) -> Iterator[float | None]:
-    """train.py's step."""
+    """A step of train.py's, but for saving its state and metrics."""
     model = weights.load(model_folder(name), torch.device("cpu"), torch.float32)
     lora.load(model, str(adapter))
     model.train()
@@ -175,10 +175,10 @@ class Side:
 
     def __init__(self, side: str, *arguments: object) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, side, arguments), daemon=True)
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(far_end, side, arguments), daemon=True)
         self.process.start()
-        theirs.close()
+        far_end.close()
 
     def step(self, examples: list[Example]) -> tuple[float, float, int]:
         """Loss, seconds and the peak memory so far, in bytes."""
