@@ -85,7 +85,9 @@ def rows(count: int) -> list[_Row]:
     found = []
     for i in range(count):
         response = Response(str(i), 30 + 3 * i)
-        found.append(_Row([1, 2, 3] * (10 + i), response, 20, np.zeros(28), blocks=[2 * i + 1, 2 * i + 2]))
+        # all but the first copy what they begin with from its block
+        shared = {"cached": 8, "sources": [1]} if i else {}
+        found.append(_Row([1, 2, 3] * (10 + i), response, 20, np.zeros(28), blocks=[2 * i + 1, 2 * i + 2], **shared))
     return found
 
 

@@ -12,7 +12,7 @@ from base.hub import model_folder
 from data.prompts import load_prompts
 from model import lora, weights
 from model.attention import Packed
-from model.cache import KVCache
+from model.cache import KVCache, PrefixTree
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
@@ -90,22 +90,44 @@ def test_shared_prefixes_change_no_row(model: Decoder) -> None:
 
 
 def test_memory_changes_no_row(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache for two or three rows at their full length: rows are put back and begun anew, and come out the same."""
-    prompts = [(id, prompt * 2) for id, prompt in ragged_prompts(model.config.vocab_size)]
+    """A cache for two or three rows at their full length: rows are put back and begun anew, and come out the same.
+    Half of them begin alike, with a block and parts of another, so that the prefix tree is cleared in between too."""
+    header, cleared = list(range(50, 94)), []
+    prompts = [(id, header[: 44 - 3 * (i % 4)] + prompt if i % 2 else prompt * 2)
+               for i, (id, prompt) in enumerate(ragged_prompts(model.config.vocab_size))]
     block = KVCache.block_bytes(model.config, torch.float32)
     free = sample(model, prompts, temperature=1.0, max_new_tokens=90)
     sampler = Sampler(model, NOTHING, max_new_tokens=90, temperature=1.0, kv_memory=15 * block / 2**30)
-    begun, admit = [], sampler._admit
+    begun, admit, clear = [], sampler._admit, PrefixTree.clear
 
     def counting(*arguments: object) -> list:
         rows = admit(*arguments)
         begun.extend(rows)
         return rows
 
+    def clearing(tree: PrefixTree) -> None:
+        cleared.append(tree.held())
+        clear(tree)
+
     monkeypatch.setattr(sampler, "_admit", counting)
+    monkeypatch.setattr(PrefixTree, "clear", clearing)
     assert {response.id: response for response in sampler.generate(prompts)} == free
     assert len(begun) > len(prompts)  # some were begun twice
     assert sampler.peak_cache_bytes <= 14 * block
+    assert max(cleared) > 0
+
+
+def test_layout_of_weights_and_parts_of_the_head_change_no_row(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as loaded and turned, the head at once and in parts: the same tokens and log-probabilities to the bit."""
+    found = []
+    for turned, part in ((10**9, 8192), (0, 8192), (0, 64)):
+        monkeypatch.setattr("model.sampler.WORTH_TURNING", turned)
+        monkeypatch.setattr("model.decoder.VOCABULARY_PART", part)
+        model = weights.load(tiny, torch.device("cpu"), torch.float32)
+        assert model.config.vocab_size > 64
+        found.append(sample(model, ragged_prompts(model.config.vocab_size), temperature=1.0))
+        assert model.layers[0].mlp.up_proj.weight.is_contiguous() == (turned > 0)
+    assert found[0] == found[1] == found[2]
 
 
 def test_blocks_move_down_as_rows_end(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,11 @@ def test_dry_run_writes_nothing(script: Script, tiny: Path, rows: Path, tmp_path
     assert "20 rows - 0 dropped = 20 conversations" in done.stdout and "⟦answer" in done.stdout
     assert "longest: 14 (" in done.stdout and "MB and the libraries" in done.stdout
     assert not (tmp_path / "out").exists()
+    # of 20 rows the fourth was cut; held out, it is not among those that are trained on
+    write_rows(tmp_path / "four.jsonl", read_rows(rows)[:4])
+    held = script(*train_arguments(tiny, tmp_path / "four.jsonl", "--validate", 1, "--dry-run", "--out",
+                                   tmp_path / "out"))
+    assert "4 rows - 0 dropped - 1 held out = 3 conversations (0 cut" in held.stdout
     other = script(*train_arguments(tiny, rows, "--resume", "--out", tmp_path / "out"))
     assert other.returncode == 2 and "no run of this command to continue" in other.stderr
     assert not (tmp_path / "out").exists()
@@ -267,6 +272,11 @@ def test_training_from_scratch_on_conversations(script: Script, tiny: Path, tmp_
     saved = read_tensors(tmp_path / "new" / "model.safetensors").values()
     assert {tensor.dtype for tensor in saved} == {torch.bfloat16}
     assert json.loads((tmp_path / "new" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_options_are_handed_on_as_they_would_be_typed() -> None:
+    args = argparse.Namespace(a_b=True, c=False, d=0.0, e=None, f={}, g=[1, 2])
+    assert recover.as_arguments(args, ("a_b", "c", "d", "e", "f", "g")) == ["--a-b", "--d", "0.0", "--g", "1", "2"]
 
 
 def test_recover_hands_every_training_option_on() -> None:
@@ -508,6 +518,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, rows, "--validate", 20), "leaves none to train on"),
         ((*train, rows, "--validate-every", 2), "--validate-every needs"),
         ((*train, rows, "--resume"), "no run of this command"),
+        ((*train, tmp_path / "long.jsonl", "--drop-long", "--validate", 2), "2 are left to train on and 0 to validate"),
         ((*train, rows, "--max-length", 300), "context of 256"),
         ((*train, rows, "--seed", 2**64), "--seed"),
         ((*train, rows, "--out", rows / "x"), str(rows)),
