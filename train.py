@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from data.packing import Example
     from model.chat import Chat
     from model.config import ModelConfig
+    from model.decoder import Decoder
 
 STATE = "training_state.safetensors"
 NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
@@ -142,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--validate {args.validate} of {len(rows)} rows leaves none to train on")
     deciding = ("n", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
                 "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
-                "weight_decay", "prompt_loss_weight", "validate", "validate_every", "keep_every",
-                "seed")
+                "weight_decay", "prompt_loss_weight", "validate", "validate_every", "keep_every", "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),
                **{name: getattr(args, name) for name in deciding}}
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
@@ -160,12 +160,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from base.hub import model_folder
     from base.options import resolve_device
-    from data.packing import group, pack, plan_steps
+    from data.packing import group, plan_steps
     from model import lora, weights
-    from model.attention import Packed
     from model.chat import Chat
     from model.config import read_config
-    from model.loss import chunked_nll
 
     # The data, and the examples of every step
     folder = model_folder(args.model)
@@ -219,18 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     autocast = args.full and dtype != torch.float32
     precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
 
-    def summed_nll(part: list["Example"]) -> torch.Tensor:
-        batch = pack(part, device, args.prompt_loss_weight)
-        with precision:
-            hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
-            # the head sees the places that predict a token of the loss, and no others
-            return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
-
     @torch.no_grad()
     def validation_loss() -> float:
         model.eval()
         parts = group(range(len(validation)), [len(example.tokens) for example in validation], args.micro_batch_tokens)
-        total = sum(summed_nll([validation[i] for i in part]).item() for part in parts)
+        with precision:
+            total = sum(summed_nll(model, [validation[i] for i in part], args.prompt_loss_weight).item()
+                        for part in parts)
         model.train()
         if not math.isfinite(total):
             raise UserError(f"the validation loss is {total}: a lower --lr with another --out would do")
@@ -258,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             total = sum(examples[i].weight(args.prompt_loss_weight) for i in plan[step])
             loss = 0.0
             for part in group(plan[step], lengths, args.micro_batch_tokens):
-                nll = summed_nll([examples[i] for i in part])
+                with precision:
+                    nll = summed_nll(model, [examples[i] for i in part], args.prompt_loss_weight)
                 # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
                 (nll / total).backward()
                 loss += nll.item() / total
@@ -297,6 +291,18 @@ def main(argv: list[str] | None = None) -> None:
     (args.out / STATE).unlink(missing_ok=True)
     print(f"{args.out}: loss {metrics.rows[1]['loss']:.4f} at the first step, {metrics.rows[len(plan)]['loss']:.4f} at "
           f"the last, {sum(row['seconds'] for row in metrics.rows.values()):.0f} s")
+
+
+def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: float = 0.0) -> "torch.Tensor":
+    """The examples' loss by one forward pass over all of them: the sum, to be divided by the step's weights."""
+    from data.packing import pack
+    from model.attention import Packed
+    from model.loss import chunked_nll
+
+    batch = pack(examples, model.device, prompt_loss_weight)
+    hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
+    # the head sees the places that predict a token of the loss, and no others
+    return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
 
 
 def dry_run(args: argparse.Namespace, shape: "ModelConfig", examples: list["Example"], plan: list[list[int]],

@@ -218,7 +218,7 @@ class Sampler:
 
     def _part(self, cache: KVCache, new: list[_Row]) -> None:
         """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
-        block to have one owner; a GPU's kernel reads shared ones."""
+        block to have one owner; a GPU's kernel reads shared ones. What was copied from is let go."""
         for row in new:
             cache.release(row.sources)
             row.sources = []

@@ -20,15 +20,11 @@ of them as a line of JSON come last.
 """
 
 import argparse
-import json
-import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,6 +35,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import QWEN, SMOLLM2, in_fresh_process, peak_memory, run_sections
+
 from base.hub import model_folder
 from data.prompts import load_prompts
 from model import weights
@@ -48,7 +46,6 @@ from model.config import read_config
 from model.decoder import Decoder
 from model.sampler import Sampler, common_prefix
 
-SMOLLM2, QWEN = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 NEW_TOKENS, SLOTS, TURN = 256, 128, 16
 TRIAL_PROMPT, TRIAL_TOKENS = 100, 32  # so that a trial's positions are those in the middle of the job
 NOTHING = frozenset()
@@ -60,21 +57,10 @@ def main() -> None:
     """Run the sections asked for, print their results."""
     sections = {"job": job, "step": step, "memory": memory, "prefix": prefix, "load": load}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--against", nargs="+", choices=PEERS, default=list(PEERS), help="peers in the job")
     parser.add_argument("--prompts", type=int, default=128, help="of the job and of memory; at least 64")
     parser.add_argument("--rounds", type=int, default=1, help="how often to do job and prefix")
-    args = parser.parse_args()
-    if unknown := set(args.sections) - set(sections):
-        parser.error(f"no section {', '.join(unknown)}")
-    sys.stdout.reconfigure(line_buffering=True)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
-    results = {}
-    for section in args.sections or sections:
-        results[section] = sections[section](args)
-        for name, value in results[section].items():
-            print(f"{section:8} {name:48} {value:>12,}")
-    print(json.dumps(results))
+    run_sections(parser, sections)
 
 
 def load_model(name: str) -> tuple[Decoder, Chat]:
@@ -305,12 +291,6 @@ def step_times(model: Decoder, rows: int) -> tuple[list[float], list[float]]:
     return steps, floors
 
 
-def in_fresh_process(function: Callable, *arguments: object) -> object:
-    """The function's result from a process that has imported this module and done nothing else."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def memory(args: argparse.Namespace) -> dict:
     """The job's peak memory."""
     prompts = alpaca(Chat(model_folder(SMOLLM2), read_config(model_folder(SMOLLM2))), args.prompts)
@@ -320,11 +300,6 @@ def memory(args: argparse.Namespace) -> dict:
                  "weights": peak["weights"], "cache in use": peak["cache"]}
     return {f"{name}, MB": round(value / 1e6, 1) for name, value in megabytes.items()} | {
         "peak less idle / (weights + cache)": round((peak["peak"] - idle) / needed, 3)}
-
-
-def peak_memory() -> int:
-    """This process's, in bytes. Not by ru_maxrss, which a child starts with its parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def job_memory(prompts: Prompts) -> dict[str, int]:

@@ -19,9 +19,7 @@ one line of JSON come last.
 """
 
 import argparse
-import json
 import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -34,17 +32,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import QWEN, SMOLLM2, in_fresh_process, peak_memory, run_sections
+
 from base.hub import model_folder
-from data.packing import Example, group, pack, plan_steps
+from data.packing import Example, group, plan_steps
 from data.rows import read_rows
 from model import lora, weights
-from model.attention import Packed
 from model.chat import Chat
 from model.config import read_config
 from model.loss import chunked_nll
-from train import as_messages, encode_rows
+from train import as_messages, encode_rows, summed_nll
 
-SMOLLM2, QWEN = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 TOKENS = {SMOLLM2: 4096, QWEN: 1024}  # of a step
 MICRO = 512  # tokens of one of our forward passes
 SETTINGS = {  # rows in a forward pass of TRL's; with packing, tokens
@@ -59,20 +57,9 @@ def main() -> None:
     sections = {"smollm2": lambda args: rates(args, SMOLLM2), "qwen": lambda args: rates(args, QWEN),
                 "curve": curve, "vocabulary": vocabulary}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3, help="steps of each side")
-    args = parser.parse_args()
-    if unknown := set(args.sections) - set(sections):
-        parser.error(f"no section {', '.join(unknown)}")
-    sys.stdout.reconfigure(line_buffering=True)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
-    results = {}
-    for section in args.sections or sections:
-        results[section] = sections[section](args)
-        for name, value in results[section].items():
-            print(f"{section:10} {name:52} {value:>12,}")
-    print(json.dumps(results))
+    run_sections(parser, sections)
 
 
 def load_examples(name: str, data: Path) -> list[Example]:
@@ -80,11 +67,6 @@ def load_examples(name: str, data: Path) -> list[Example]:
     config = read_config(folder := model_folder(name))
     rows = [row | {"messages": as_messages(row, data)} for row in read_rows(data)]
     return encode_rows(Chat(folder, config), rows, config.max_positions, drop_long=True)[0]
-
-
-def peak_memory() -> int:
-    """This process's, in bytes."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 # --- the sides: each takes a list of examples, trains one optimiser step on them, and yields its loss
@@ -103,9 +85,7 @@ def ours(name: str, adapter: Path, micro: int) -> Iterator[float | None]:
         total = sum(example.supervised for example in examples)
         loss = 0.0
         for part in group(range(len(examples)), [len(example.tokens) for example in examples], micro):
-            batch = pack([examples[i] for i in part], model.device)
-            hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))
-            nll = chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
+            nll = summed_nll(model, [examples[i] for i in part])
             (nll / total).backward()
             loss += nll.item() / total
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -259,24 +239,17 @@ def curve(args: argparse.Namespace) -> dict:
 
 def vocabulary(args: argparse.Namespace) -> dict:
     """Bytes per supervised token that the loss adds to a process's peak, at hidden size 896 and vocabulary 152k."""
-    peaks = {}
-    for count in (512, 4096):
-        context = multiprocessing.get_context("spawn")
-        pipe, other = context.Pipe()
-        process = context.Process(target=loss_peak, args=(other, count))
-        process.start()
-        peaks[count] = pipe.recv()
-        process.join()
+    peaks = {count: in_fresh_process(loss_peak, count, 896) for count in (512, 4096)}
     each = (peaks[4096] - peaks[512]) / (4096 - 512)
     return {"peak MB, 512 tokens": peaks[512] // 10**6, "peak MB, 4096 tokens": peaks[4096] // 10**6,
             "bytes a token": round(each), "of hidden and its gradient": 2 * 4 * 896, "of logits": 4 * 151_936}
 
 
-def loss_peak(pipe: Connection, count: int) -> None:
-    """The peak memory of a process that computes the loss of so many tokens, and its gradient."""
-    hidden, weight = torch.randn(count, 896, requires_grad=True), torch.randn(151_936, 896)
+def loss_peak(count: int, size: int) -> int:
+    """This process's peak memory after the loss of `count` tokens of hidden size `size`, and its gradient."""
+    hidden, weight = torch.randn(count, size, requires_grad=True), torch.randn(151_936, size)
     chunked_nll(hidden, weight, torch.arange(count), torch.ones(count)).backward()
-    pipe.send(peak_memory())
+    return peak_memory()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_model, run_process
+from bench import in_fresh_process
+from bench_train import loss_peak
+from conftest import build_model
 
 import train
 from base.errors import UserError
@@ -61,9 +63,7 @@ def gradients(model: Decoder, batches: list[list[Example]], prompt_weight: float
     total = sum(example.weight(prompt_weight) for batch in batches for example in batch)
     loss = 0.0
     for batch in batches:
-        packed = pack(batch, CPU, prompt_weight)
-        hidden = model(packed.tokens, packed.positions, Packed(packed.lengths))
-        nll = chunked_nll(hidden[packed.sources], model.lm_head.weight, packed.targets, packed.token_weights) / total
+        nll = train.summed_nll(model, batch, prompt_weight) / total
         nll.backward()
         loss += nll.item()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -96,15 +96,7 @@ def test_chunked_loss_is_summed_in_float32_under_autocast() -> None:
 
 def test_the_loss_takes_no_memory_by_the_vocabulary() -> None:
     """Peak memory of a process, 512 and 4,096 tokens at a vocabulary of 152k: by far less than a row of logits each."""
-    script = ("import sys, torch\nfrom model.loss import chunked_nll\nfrom bench_train import peak_memory\n"
-              "n, weight = int(sys.argv[1]), torch.randn(151_936, 64)\n"
-              "hidden = torch.randn(n, 64, requires_grad=True)\n"
-              "chunked_nll(hidden, weight, torch.arange(n), torch.ones(n)).backward()\nprint(peak_memory())")
-    peaks = []
-    for count in (512, 4096):
-        done = run_process("-c", script, count, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
+    peaks = [in_fresh_process(loss_peak, count, 64) for count in (512, 4096)]
     assert (peaks[1] - peaks[0]) / (4096 - 512) < 4 * 151_936 / 50
 
 
