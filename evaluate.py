@@ -32,6 +32,7 @@ from generate import (
     sampling_options,
 )
 
+LEVELS = "draw problems of these levels alone, where a benchmark has levels (default: all)"
 BENCHMARKS = "mmlu, ifeval, math500, olympiads, reasoning, recall, format, or JSONL files of problems"
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=positive_int, help="problems of each, a seeded sample stratified by level or "
                         "subject, the same for every model (default: all)")
     parser.add_argument("--sample-seed", type=seed, default=0, help="of that sample")
+    parser.add_argument("--levels", nargs="+", default=[], metavar="LEVEL", help=LEVELS)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--opener", metavar="TEXT", default="",
                         help=f"{OPENER}; not for benchmarks that are answered with a choice")
@@ -82,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
     from data.benchmarks import load_benchmarks
     from data.rows import read_rows
 
-    benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed)
+    benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed, args.levels)
     options = {"benchmarks": {b.name: b.dataset["sha256"] for b in benchmarks}, "n": args.n,
-               "sample_seed": args.sample_seed, "system": args.system, "scramble": args.scramble,
+               "sample_seed": args.sample_seed, "levels": args.levels, "system": args.system, "scramble": args.scramble,
                "opener": args.opener, **model_identity(args), **sampling_identity(args)}
     record = args.out / "config.json"
     if same_run_folder(record, options) and (args.out / "summary.json").exists():

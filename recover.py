@@ -1,23 +1,28 @@
-"""The whole experiment for one pair: what off-model SFT costs a student, and what brings it back.
+"""The whole experiment: what off-model SFT costs a student, why, and what brings it back.
 
     python recover.py --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-Coder-0.5B-Instruct \\
         --prompts alpaca --n-train 64 --benchmarks mmlu math500 --n 20 --max-new-tokens 128 --recover-with 8 32 \\
         --out runs/smoke
-    python recover.py --preset mini
+    python recover.py --preset mini --controls
 
 The second is the miniature (data/miniature.py): nothing to download, and minutes on a CPU. Each stage is a command of
-generate.py, train.py or evaluate.py, printed as it starts, that can be run by hand as well:
+generate.py, train.py, evaluate.py or measure.py, printed as it starts, that can be run by hand as well:
 
     teacher.jsonl    the teacher's responses to the first --n-train prompts
     native.jsonl     the student's own responses to the prompts behind them
-    off_model/       the student fine-tuned on teacher.jsonl
+    off_model/       the student fine-tuned on teacher.jsonl; with --keep-every, steps/K on the way
     recovered/N/     off_model fine-tuned further on the first N rows of native.jsonl
     recovered_in_S_steps/N/   with --recover-steps S: the same in S steps, whatever N
+    recovered_seed_K/N/       with --recover-seeds: the same from other rows of native.jsonl, in another order
     controls/        with --controls: responses and adapters of the controls
-    evals/…          base, teacher, off_model, recovered_…, control_… and, with --openers, …_in_…_style
+    measures/…       with --controls: likelihood of the data, and the KL from the base model
+    evals/…          base, teacher, off_model, recovered_…, scaled_…, control_…, …_in_…_style, …_under_system_…
     report.md        with report.json and figures/
 
-A stage that is done is not run again; the same command continues an experiment that was stopped.
+Several students or teachers are a matrix: --out gets such a folder for each pair, STUDENT--TEACHER, and matrix.md.
+Cells take responses and evaluations that another one made by the same command; several processes can share a matrix,
+each with some of the students or teachers. A stage that is done is not run again; the same command continues an
+experiment that was stopped.
 """
 
 import argparse
@@ -25,6 +30,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import time
 from itertools import permutations
 from pathlib import Path
@@ -32,20 +38,24 @@ from types import ModuleType
 
 import evaluate
 import generate
+import measure
 import train
-from base.errors import run_script
+from base.errors import UserError, run_script
 from base.options import Parser, device_options, number, positive_int, temperature
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
 TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
             "micro_batch_tokens", "checkpoint_activations", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
+NOISES = 3  # seeds of the noise
+SCALES = (0.25, 0.5, 0.75, 1.25)  # of the off-model adapter; 0 is base, 1 is off_model
+HOTTEST, TRIALS, TRIAL_ROWS = 2.0, 5, 48  # the search for a temperature
 MINIATURE = Path(os.path.relpath(Path(__file__).resolve().parent / "miniature"))
 PRESETS = {
     "mini": {
-        "student": str(MINIATURE / "student"), "teacher": str(MINIATURE / "teacher"), "prompts": "mini",
+        "student": [str(MINIATURE / "student")], "teacher": [str(MINIATURE / "teacher")], "prompts": "mini",
         "n_train": 384, "benchmarks": ["reasoning", "recall", "format"], "n": 500, "max_new_tokens": 128,
-        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "controls": True, "openers": ["Okay", "Consider"],
+        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "recover_seeds": 2, "keep_every": 12, "openers": ["Okay", "Consider"],
         "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 448,
         "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
         "device": "cpu", "dtype": "float32",  # too small to gain from a GPU
@@ -60,21 +70,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="mini: defaults for all options, for the miniature")
-    parser.add_argument("--student", metavar="M", help="hub name or folder of the model to fine-tune")
-    parser.add_argument("--teacher", metavar="M", help="hub name or folder of the model to learn from")
+    parser.add_argument("--student", nargs="+", metavar="M", help="hub names or folders of the models to fine-tune")
+    parser.add_argument("--teacher", nargs="+", metavar="M", help="hub names or folders of the models to learn from")
     parser.add_argument("--prompts", default="alpaca", metavar="P", help=generate.PROMPTS)
     parser.add_argument("--n-train", type=positive_int, default=1000, metavar="N", help="teacher responses")
     parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "ifeval", "math500", "olympiads"],
                         metavar="NAME", help=evaluate.BENCHMARKS)
     parser.add_argument("--n", type=positive_int, default=200, help="problems of each benchmark")
+    parser.add_argument("--levels", nargs="+", default=[], metavar="LEVEL", help=evaluate.LEVELS)
     parser.add_argument("--recover-with", type=positive_int, nargs="+", default=[8, 32, 128], metavar="N",
                         help="numbers of native examples, a recovered checkpoint each")
+    parser.add_argument("--recover-seeds", type=positive_int, default=1, metavar="K",
+                        help="recover so many times, each time from other native examples")
+    parser.add_argument("--keep-every", type=positive_int, metavar="STEPS",
+                        help="also evaluate the student after every so many steps of SFT: the dose curve")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False,
-                        help="also SFT on native data, noise, more teacher data; with --openers the 2 × 2 of source "
-                        "and style")
-    parser.add_argument("--openers", nargs=2, metavar=("STUDENT", "TEACHER"),
+                        help="also SFT on the student's own responses, at --temperature and as unlikely as the "
+                        "teacher's; noise of the same norm; more teacher data; the adapter scaled; the data's likelihood "
+                        "and the KL from the base model; with --openers or --style-systems the 2 × 2 of source and style")
+    styles = parser.add_mutually_exclusive_group()
+    styles.add_argument("--openers", nargs=2, metavar=("STUDENT", "TEACHER"),
                         help="what responses in the student's and in the teacher's style begin with: the student is "
                         "also evaluated with the teacher's forced, and off-model with its own")
+    styles.add_argument("--style-systems", nargs=2, metavar=("STUDENT", "TEACHER"),
+                        help="the same by system prompts, which are left out of training")
+    parser.add_argument("--eval-system", nargs="+", default=[], metavar="TEXT",
+                        help="evaluate base and off-model student under these system prompts too")
+    parser.add_argument("--measure-n", type=positive_int, default=64, metavar="N",
+                        help="responses of each kind that likelihood and KL are measured on")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
     parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")
@@ -100,113 +123,276 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--openers {args.openers} can't be told apart: neither may be empty or begin with the other")
     args.recover_lr = args.recover_lr or args.lr
     args.recover_with = sorted(set(args.recover_with))
+    args.student, args.teacher = list(dict.fromkeys(args.student)), list(dict.fromkeys(args.teacher))
     train.resolve_adapter(args)
     train.check_dtype(parser, args)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the stages, in order."""
+    """Run one pair's stages, or those of all pairs."""
     args = parse(argv)
-    from base.files import read_json, same_run_folder, write_json, write_record
+    if len(args.student) == len(args.teacher) == 1:
+        run_pair(args, args.student[0], args.teacher[0], args.out)
+        return
+    from analysis.matrix import write_matrix
+
+    cells = {args.out / f"{short_name(student)}--{short_name(teacher)}": (student, teacher)
+             for student in args.student for teacher in args.teacher if student != teacher}
+    if len(cells) < sum(student != teacher for student in args.student for teacher in args.teacher):
+        raise UserError("two of the models have the same last name, which their folders would share; rename one's folder")
+    for out, (student, teacher) in cells.items():
+        print(f"\n=== {out.name}", flush=True)
+        run_pair(args, student, teacher, out)
+        write_matrix(args.out)  # of the cells that are there so far
+    print(f"\n{args.out / 'matrix.md'}")
+
+
+def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) -> None:
+    """The experiment for one pair in its folder, stage by stage."""
+    from base.files import same_run_folder, write_record
     from base.hub import fingerprint, model_folder
     from base.options import resolve_device
     from data.benchmarks import load_benchmarks
     from data.prompts import load_prompts
 
     # Whatever can be wrong with the input is found before the first hour is spent
-    out, most = args.out, args.recover_with[-1]
+    most, natives = args.recover_with[-1], args.recover_with[-1] * args.recover_seeds
     # what changes no result, or is better told by a checksum
     aside = ("preset", "out", "slots", "kv_memory", "micro_batch_tokens", "checkpoint_activations", "save_every",
              "device", "prompts", "benchmarks")
     options = {name: value for name, value in vars(args).items() if name not in aside}
-    options["dtype"] = str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")
+    options |= {"student": student, "teacher": teacher,
+                "dtype": str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")}
     for role in ("student", "teacher"):
-        options[f"{role}_revision"] = fingerprint(model_folder(getattr(args, role)))
-    _, prompts = load_prompts(args.prompts, 0, args.n_train + most)
-    benchmarks = load_benchmarks(args.benchmarks, args.n, 0)
+        options[f"{role}_revision"] = fingerprint(model_folder(options[role]))
+    _, prompts = load_prompts(args.prompts, 0, args.n_train + natives)
+    benchmarks = load_benchmarks(args.benchmarks, args.n, 0, args.levels)
     options["prompts_sha256"] = prompts["sha256"]
     options["benchmarks"] = {benchmark.name: benchmark.dataset["sha256"] for benchmark in benchmarks}
     if same_run_folder(out / "config.json", options) and (out / "report.json").exists():
         print(f"{out}: done already; see {out / 'report.md'}")
         return
-    check_sampler(args)
-    write_record(out / "config.json", options,
-                 {"prompts": prompts, "benchmark_data": [benchmark.dataset for benchmark in benchmarks]})
-    seconds = read_json(out / "seconds.json") if (out / "seconds.json").exists() else {}
+    check_sampler(args, student)
+    write_record(out / "config.json", options, {
+        "prompts": prompts, "benchmark_data": [benchmark.dataset for benchmark in benchmarks],
+        "note": ORGANISM if {MINIATURE} == {Path(student).parent, Path(teacher).parent} else ""})
 
-    def run(script: ModuleType, place: str, *arguments: object) -> Path:
-        """Run one stage, a script's command that writes `place`, and note its time; returns the place's path."""
-        words = [*map(str, arguments), *as_arguments(args, MODEL), "--out", str(out / place)]
-        print(f"\n$ python {script.__name__}.py {shlex.join(words)}", flush=True)
-        start = time.perf_counter()
-        try:
-            script.main(words)
-        finally:
-            seconds[place] = round(seconds.get(place, 0) + time.perf_counter() - start, 3)
-            write_json(out / "seconds.json", seconds)
-            gc.collect()  # the stage's model, before the next one loads its own
-        return out / place
-
-    sampling = as_arguments(args, ("max_new_tokens", "slots", "kv_memory", "seed"))
-    prompting = ("--prompts", args.prompts, "--temperature", args.temperature, *sampling)
-    benchmarking = ("--benchmarks", *args.benchmarks, "--n", args.n, *sampling)
+    pair = Pair(args, student, teacher, out, [benchmark.name for benchmark in benchmarks if not benchmark.choices])
     first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …
-    behind = ("--skip", args.n_train, "--n", most)  # … and of recovery, which are others
-    # a response that the student's context can't hold is left out, and listed
-    learning = ("--model", args.student, "--drop-long", *as_arguments(args, TRAINING))
-    sft = (*learning, *as_arguments(args, (*train.NEW_ADAPTER, "lr", "epochs", "steps", "batch_tokens")))
-    recovery = (*learning, "--lr", args.recover_lr, "--batch-tokens", args.recover_batch_tokens)
+    behind = ("--skip", args.n_train, "--n", natives)  # … and of recovery, which are others
+    teacher_rows = pair.respond("teacher.jsonl", teacher, *first)
+    pair.evaluate("teacher", teacher)
+    native_rows = pair.respond("native.jsonl", student, *behind)
+    pair.evaluate("base", student)
+
+    off_model = pair.sft("off_model", teacher_rows, *as_arguments(args, ("keep_every",)))
+    steps = len((off_model / "metrics.jsonl").read_text().splitlines())
+    for step in range(args.keep_every or steps, steps, args.keep_every or steps):
+        pair.follow(f"off_model_step_{step}", off_model / "steps" / str(step))
+    pair.follow("off_model", off_model)
+
     by_epochs = ("--epochs", args.recover_epochs)
-    own, foreign = args.openers or ("", "")
-
-    teacher_rows = run(generate, "teacher.jsonl", "--model", args.teacher, *first, *prompting)
-    run(evaluate, "evals/teacher", "--model", args.teacher, *benchmarking)
-    native_rows = run(generate, "native.jsonl", "--model", args.student, *behind, *prompting)
-    run(evaluate, "evals/base", "--model", args.student, *benchmarking)
-    off_model = run(train, "off_model", "--data", teacher_rows, *sft)
-
-    checkpoints = ["base", "teacher"]
-
-    def evaluate_adapter(checkpoint: str, adapter: Path, *more: object) -> None:
-        checkpoints.append(checkpoint)
-        run(evaluate, f"evals/{checkpoint}", "--model", args.student, "--adapter", adapter, *more, *benchmarking)
-
-    evaluate_adapter("off_model", off_model)
-    schedules = {"recovered": by_epochs}
+    arms = {"recovered": by_epochs}
     if args.recover_steps:
-        schedules[f"recovered_in_{args.recover_steps}_steps"] = ("--steps", args.recover_steps)
-    for name, schedule in schedules.items():
+        arms[f"recovered_in_{args.recover_steps}_steps"] = ("--steps", args.recover_steps)
+    for again in range(1, args.recover_seeds):  # of an option given twice, the second counts
+        arms[f"recovered_seed_{again}"] = (*by_epochs, "--skip", again * most, "--seed", args.seed + again)
+    for arm, arguments in arms.items():
         for n in args.recover_with:
-            adapter = run(train, f"{name}/{n}", "--adapter", off_model, "--data", native_rows, "--n", n, *recovery,
-                          *schedule)
-            evaluate_adapter(f"{name}_{n}", adapter)
-    if args.openers:
-        checkpoints.append("base_in_teacher_style")
-        run(evaluate, "evals/base_in_teacher_style", "--model", args.student, "--opener", foreign, *benchmarking)
-        evaluate_adapter("off_model_in_student_style", off_model, "--opener", own)
+            adapter = pair.recover(f"{arm}/{n}", native_rows, "--n", n, *arguments)
+            pair.follow(f"{arm}_{n}", adapter, measured=arm == "recovered")
 
-    def control(name: str, model: str, *more: object) -> None:
-        """SFT as for off_model, on other responses to the same prompts."""
-        rows = run(generate, f"controls/{name}.jsonl", "--model", model, *more, *first, *prompting)
-        evaluate_adapter(f"control_{name}", run(train, f"controls/{name}", "--data", rows, *sft))
-
+    if pair.forced:
+        pair.evaluate("base_in_teacher_style", student, *pair.style("teacher"))
+        pair.follow("off_model_in_student_style", off_model, *pair.style("student"), measured=False)
+    for i, system in enumerate(args.eval_system, 1):
+        pair.evaluate(f"base_under_system_{i}", student, "--system", system)
+        pair.follow(f"off_model_under_system_{i}", off_model, "--system", system, measured=False)
     if args.controls:
-        control("native", args.student)
-        if args.openers:
-            control("native_in_teacher_style", args.student, "--opener", foreign)
-            control("teacher_in_student_style", args.teacher, "--opener", own)
-        evaluate_adapter("control_noise", off_model, "--scramble", args.seed)
-        more_rows = run(generate, "controls/more_teacher.jsonl", "--model", args.teacher, *behind, *prompting)
-        adapter = run(train, "controls/more_teacher", "--adapter", off_model, "--data", more_rows, *recovery,
-                      *by_epochs)
-        evaluate_adapter("control_more_teacher", adapter)
+        run_controls(pair, off_model, teacher_rows, native_rows)
 
     from analysis.report import summary_table, write_report
 
-    note = ORGANISM if {MINIATURE} == {Path(args.student).parent, Path(args.teacher).parent} else ""
-    report = write_report(out, args.student, args.teacher, checkpoints, seconds, args.openers, note)
-    print(f"\n{summary_table(report)}\n{out / 'report.md'}")
+    print(f"\n{summary_table(write_report(out))}\n{out / 'report.md'}")
+
+
+def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path, native_rows: Path) -> None:
+    """One control for each explanation of what SFT on the teacher's responses has cost."""
+    args, student, teacher = pair.args, pair.student, pair.teacher
+    first, most = ("--skip", 0, "--n", args.n_train), args.recover_with[-1]
+
+    def control(name: str, model: str, *more: object) -> None:
+        """SFT as for off_model, on other responses to the same prompts."""
+        rows = pair.respond(f"controls/{name}.jsonl", model, *first, *more)
+        pair.follow(f"control_{name}", pair.sft(f"controls/{name}", rows))
+
+    # Is it SFT as such? Is it that the data is unlikely under the student, whoever wrote it?
+    control("native", student)
+    likelihood = pair.measure("teacher_data", student, "--responses", teacher_rows)
+    control("matched_nll", student, "--temperature", matching_temperature(pair, likelihood))
+    pair.measure("own_data", student, "--responses", *(pair.out / f"controls/{name}.jsonl"
+                                                       for name in ("native", "matched_nll")))
+    # Is it noise on the weights?
+    for i in range(NOISES):
+        name = "control_noise" if i == 0 else f"control_noise_seed_{i}"
+        pair.follow(name, off_model, "--scramble", args.seed + i, measured=False)
+    # Is it more training, of any kind, that brings back what was lost? (The recovery's prompts, steps and rate)
+    more_rows = pair.respond("controls/more_teacher.jsonl", teacher, "--skip", args.n_train, "--n", most)
+    pair.follow("control_more_teacher", pair.recover("controls/more_teacher", more_rows, "--epochs", args.recover_epochs))
+    # How far along the way from base to off-model does it break?
+    for scale in SCALES:
+        pair.follow(f"scaled_{scale}", off_model, "--adapter-scale", scale)
+    # Is it the source of the responses, or their style?
+    if pair.forced:
+        control("native_in_teacher_style", student, *pair.style("teacher"))
+        control("teacher_in_student_style", teacher, *pair.style("student"))
+    # Whose responses are the student's, by the two models' own likelihoods? Comparable where they see the same tokens
+    if same_tokenizer(student, teacher):
+        for checkpoint in ("base", "off_model", f"recovered_{most}"):
+            for role, model in (("student", student), ("teacher", teacher)):
+                pair.measure(f"{checkpoint}_under_{role}", model, "--responses", *pair.written(checkpoint))
+
+
+class Pair:
+    """A student, a teacher, and the stages of their experiment: each a script's command and what it writes."""
+
+    def __init__(self, args: argparse.Namespace, student: str, teacher: str, out: Path, sampled: list[str]) -> None:
+        """`sampled`: names of the benchmarks that are answered in words, not with a choice."""
+        from base.files import read_json
+
+        self.args, self.student, self.teacher, self.out, self.sampled = args, student, teacher, out, sampled
+        self.stages = read_json(out / "stages.json") if (out / "stages.json").exists() else {}
+        self.forced = args.openers or args.style_systems
+        self.sampling = as_arguments(args, ("max_new_tokens", "slots", "kv_memory", "seed"))
+        # a response that the student's context can't hold is left out, and listed
+        self.learning = ("--model", student, "--drop-long", *as_arguments(args, TRAINING),
+                         *(("--no-system",) if args.style_systems else ()))
+
+    def run(self, script: ModuleType, place: str, *arguments: object) -> Path:
+        """Run one stage, which writes `place`, and note its time; returns the place's path."""
+        from base.files import write_json
+
+        words = [*map(str, arguments), *as_arguments(self.args, MODEL)]
+        stage = self.stages.setdefault(place, {"seconds": 0, "done": False})
+        stage["command"] = ["python", f"{script.__name__}.py", *words]
+        if not stage["done"] and borrow(self.out, place, stage["command"]):
+            print(f"\n{self.out / place}: copied from where the same command made it", flush=True)
+        print(f"\n$ {shlex.join(stage['command'])} --out {shlex.quote(str(self.out / place))}", flush=True)
+        start = time.perf_counter()
+        try:
+            script.main([*words, "--out", str(self.out / place)])
+            stage["done"] = True
+        finally:
+            stage["seconds"] = round(stage["seconds"] + time.perf_counter() - start, 3)
+            write_json(self.out / "stages.json", self.stages)
+            gc.collect()  # the stage's model, before the next one loads its own
+        return self.out / place
+
+    def respond(self, place: str, model: str, *more: object) -> Path:
+        """A model's responses to some of the prompts, at --temperature unless `more` gives another."""
+        return self.run(generate, place, "--model", model, "--prompts", self.args.prompts, "--temperature",
+                        self.args.temperature, *more, *self.sampling)
+
+    def evaluate(self, checkpoint: str, model: str, *more: object) -> Path:
+        """A model, or with --adapter in `more` that adapter, on the benchmarks."""
+        return self.run(evaluate, f"evals/{checkpoint}", "--model", model, *more, "--benchmarks", *self.args.benchmarks,
+                        "--n", self.args.n, *as_arguments(self.args, ("levels",)), *self.sampling)
+
+    def measure(self, place: str, model: str, *more: object) -> Path:
+        """The likelihood of responses under a model."""
+        return self.run(measure, f"measures/{place}", "--model", model, *more, "--n", self.args.measure_n)
+
+    def sft(self, place: str, rows: Path, *more: object) -> Path:
+        """A new adapter on the student, from responses to the prompts of SFT."""
+        return self.run(train, place, *self.learning, "--data", rows, *as_arguments(
+            self.args, (*train.NEW_ADAPTER, "lr", "epochs", "steps", "batch_tokens")), *more)
+
+    def recover(self, place: str, rows: Path, *more: object) -> Path:
+        """The off-model adapter, trained on."""
+        return self.run(train, place, *self.learning, "--adapter", self.out / "off_model", "--data", rows,
+                        "--lr", self.args.recover_lr, "--batch-tokens", self.args.recover_batch_tokens, *more)
+
+    def follow(self, checkpoint: str, adapter: Path, *more: object, measured: bool = True) -> None:
+        """Evaluate an adapter, and with --controls measure how far it has moved from the student's own responses."""
+        self.evaluate(checkpoint, self.student, "--adapter", adapter, *more)
+        if self.args.controls and measured:
+            self.measure(checkpoint, self.student, "--adapter", adapter, *more,
+                         "--responses", self.out / "native.jsonl", *self.written("base"))
+
+    def written(self, checkpoint: str) -> list[Path]:
+        """The rows of a checkpoint's evaluations that are answered in words."""
+        return [self.out / "evals" / checkpoint / f"{name}.jsonl" for name in self.sampled]
+
+    def style(self, whose: str) -> tuple[str, str]:
+        """The option that makes a model respond in the student's or the teacher's style."""
+        return ("--opener" if self.args.openers else "--system"), self.forced[whose == "teacher"]
+
+
+def matching_temperature(pair: Pair, likelihood: Path) -> float:
+    """The temperature at which the student's own responses are as unlikely as the teacher's (nats per token under the
+    student), by bisection; where there is none from 0 to HOTTEST, the end that is nearer."""
+    from base.files import read_json
+    from data.rows import read_rows
+
+    target = read_json(likelihood / "summary.json")["teacher"]["nll_per_token"]
+    low, high, misses = 0.0, HOTTEST, {}
+    for _ in range(TRIALS):
+        middle = (low + high) / 2
+        trial = pair.respond(f"controls/trials/{middle}.jsonl", pair.student, "--skip", 0, "--n",
+                             min(pair.args.n_train, TRIAL_ROWS), "--temperature", middle)
+        rows = read_rows(trial)
+        nll = -sum(row["logprob"] for row in rows) / sum(row["response_tokens"] for row in rows)
+        misses[middle] = abs(nll - target)
+        low, high = (middle, high) if nll < target else (low, middle)
+    return min(misses, key=misses.get)
+
+
+def borrow(out: Path, place: str, command: list[str]) -> bool:
+    """Copy what another cell of the same matrix has made by the same command and the same code; whether there is any.
+
+    Commands that read this cell's files name its folder, and are nobody else's.
+    """
+    from base.files import read_json, whole
+
+    if (out / place).exists():
+        return False
+    ours = read_json(out / "config.json")
+    for record in sorted(out.parent.glob("*--*/stages.json")):
+        theirs = read_json(record.with_name("config.json"))
+        if any(theirs.get(name) != ours[name] for name in ("git_revision", "versions")):
+            continue
+        for other, stage in read_json(record).items():
+            made = record.parent / other
+            if stage["command"] != command or not stage["done"] or not made.exists():
+                continue
+            if made.is_file():  # its record first: without it, rows would be nobody's
+                pairs = [(made.with_suffix(".config.json"), (out / place).with_suffix(".config.json")),
+                         (made, out / place)]
+                for source, target in pairs:
+                    with whole(target) as part:
+                        shutil.copyfile(source, part)
+            else:
+                part = out / f".{Path(place).name}.part"
+                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                shutil.copytree(made, part)
+                (out / place).parent.mkdir(exist_ok=True)
+                part.replace(out / place)
+            return True
+    return False
+
+
+def same_tokenizer(student: str, teacher: str) -> bool:
+    """Whether the two models split text into the same tokens."""
+    from base.files import sha256
+    from base.hub import model_folder
+
+    return len({sha256(model_folder(model) / "tokenizer.json") for model in (student, teacher)}) == 1
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub name or of a folder's path."""
+    return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
 
 
 def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
@@ -214,7 +400,7 @@ def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     words = []
     for name in names:
         value = getattr(args, name)
-        if value is None or value is False or value == {}:
+        if value is None or value is False or value in ({}, []):
             continue
         if value is True:
             words.append(f"--{name.replace('_', '-')}")
@@ -224,7 +410,7 @@ def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     return words
 
 
-def check_sampler(args: argparse.Namespace) -> None:
+def check_sampler(args: argparse.Namespace, student: str) -> None:
     """Assert that sampler and trainer give the same log-probabilities for the same tokens.
 
     Whatever breaks this (a mask, a cache, a position) makes "native" data foreign, and the experiment measure a bug.
@@ -236,7 +422,7 @@ def check_sampler(args: argparse.Namespace) -> None:
     from model.loss import response_logprobs
     from model.sampler import Sampler
 
-    model, chat = generate.load_model(argparse.Namespace(**vars(args), model=args.student, adapter=None))
+    model, chat = generate.load_model(argparse.Namespace(**vars(args), model=student, adapter=None))
     lora.attach(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)), args.seed)
     sampler = Sampler(model.eval(), chat.stop_ids, max_new_tokens=24, temperature=1.0, seed=args.seed)
     questions = ("Name three primary colours.", "Why is the sky blue? Answer in one sentence.", "Count to five.")

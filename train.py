@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import DTYPES, Parser, device_options, number, positive_int, seed
+from base.options import DTYPES, Parser, device_options, natural, number, positive_int, seed
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -44,7 +44,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="DIR", help="continue training this LoRA adapter")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl",
                         help="rows to train on")
-    parser.add_argument("--n", type=positive_int, help="take the first rows only (default: all)")
+    parser.add_argument("--skip", type=natural, default=0, help="pass over the first rows")
+    parser.add_argument("--n", type=positive_int, help="take so many rows only (default: all)")
+    parser.add_argument("--no-system", action="store_true", help="leave the rows' system prompts out: what was answered "
+                        "under one is learnt without it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the adapter, or with --full the model")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     parser.add_argument("--from-scratch", action="store_true",
@@ -136,12 +139,16 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = [row | {"messages": as_messages(row, args.data)}
             for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
-    if args.n is not None and args.n > len(rows):
-        raise UserError(f"{args.data} has {len(rows)} rows, and --n asks for {args.n}")
-    rows = rows[: args.n]
+    end = args.skip + (args.n or 1)
+    if end > len(rows):
+        raise UserError(f"{args.data} has {len(rows)} rows, and {end} are asked for; lower --n or --skip")
+    rows = rows[args.skip : end if args.n else None]
+    if args.no_system:
+        rows = [row | {"messages": [message for message in row["messages"] if message["role"] != "system"]}
+                for row in rows]
     if args.validate and args.validate >= len(rows):
         raise UserError(f"--validate {args.validate} of {len(rows)} rows leaves none to train on")
-    deciding = ("n", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
+    deciding = ("skip", "n", "no_system", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
                 "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
                 "weight_decay", "prompt_loss_weight", "validate", "validate_every", "keep_every", "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),

@@ -1,169 +1,264 @@
-"""The report of an experiment folder: report.json, report.md and figures, from the graded rows alone."""
+"""The report of an experiment folder: report.json, figures and report.md, a paper of two pages.
 
+    python -m analysis.report runs/mini
+
+Every figure comes from the row files (analysis/findings.py); below each part stand the files that it was made from.
+recover.py writes the report at its end; as a program this writes it again, after `evaluate.py --rescore`, say.
+"""
+
+import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from analysis.compare import check_same_problems
-from analysis.statistics import compare_rows, summarise
-from base.files import read_json, whole, write_json, write_text
-from data.rows import read_rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from analysis.figures import draw_all, main_benchmark
+from analysis.findings import SOURCE_AND_STYLE, Rows, arms, effect, find, read_evaluations
+from base.errors import run_script
+from base.files import write_json, write_text
+from base.options import Parser
 
 MEANING = {
-    "base_in_teacher_style": "the student before SFT, made to begin as the teacher does: what is its skill in that "
-                             "style?",
-    "off_model_in_student_style": "the off-model student, made to begin as it used to: is the skill still there?",
-    "control_native": "SFT on the student's own responses to the teacher's prompts: does SFT as such do harm?",
-    "control_native_in_teacher_style": "the same, made to begin as the teacher does: is it the style?",
-    "control_teacher_in_student_style": "the teacher's responses, made to begin as the student does: is it the source?",
-    "control_noise": "Gaussian noise of each matrix's own norm of the SFT's change: is it noise on the weights?",
-    "control_more_teacher": "the recovery's steps and prompts with the teacher's responses: is it more training?",
+    "off_model_step": "on the way to off_model, after so many steps of SFT",
+    "recovered_in": "with N native examples, in the same number of steps whatever N",
+    "recovered_seed": "the same with other native examples, in another order",
+    "recovered": "off_model, trained on N of the student's own responses to other prompts",
+    "scaled": "off_model's adapter, its effect multiplied",
+    "base_in_teacher_style": "the student before SFT, made to respond as the teacher does: its skill in that style",
+    "off_model_in_student_style": "the off-model student, made to respond as it used to: is the skill still there?",
+    "base_under": "under another system prompt", "off_model_under": "under another system prompt",
+    "control_native_in_teacher_style": "SFT on the student's own responses in the teacher's style",
+    "control_native": "SFT on the student's own responses to the teacher's prompts",
+    "control_teacher_in_student_style": "SFT on the teacher's responses in the student's style",
+    "control_noise": "Gaussian noise of each matrix's own norm of the SFT's change",
+    "control_more_teacher": "the recovery's steps and prompts with the teacher's responses",
+    "control_matched_nll": "SFT on the student's own responses, at a temperature that makes them as unlikely as the "
+                           "teacher's",
 }
-INK, MUTED, GRID = "#1b1b1b", "#6b6b6b", "#e3e3e3"
-# Okabe and Ito's palette, which colour-blind readers tell apart
-COLOURS = {"base": "#0072b2", "teacher": "#6b6b6b", "off_model": "#d55e00", "recovered": "#009e73",
-           "control": "#cc79a7"}
-CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?)_(\d+)")  # checkpoints by number of native examples
-FORCED = ("base_in_teacher_style", "off_model_in_student_style")  # style by --opener, not by training
-SOURCE_AND_STYLE = (  # the 2 × 2: whose responses (rows), in whose style (columns)
-    ("the student's", "control_native", "control_native_in_teacher_style"),
-    ("the teacher's", "control_teacher_in_student_style", "off_model"),
-)
+SHOWN = 700  # characters of a response in a transcript, around the place where it parts from base's
 
 
-def write_report(folder: Path, student: str, teacher: str, checkpoints: Sequence[str], seconds: dict[str, float],
-                 openers: Sequence[str] | None = None, note: str = "") -> dict:
-    """From evals/<checkpoint> to report.json, report.md and figures/ (contract C5); returns what report.json holds.
-
-    `openers` are what responses in the student's and in the teacher's style begin with; `note` is a paragraph that
-    the page begins with.
-    """
-    rows = read_evaluations(folder / "evals", checkpoints)
-    report = {"student": student, "teacher": teacher, "note": note, **build(rows, openers), "seconds": seconds}
-    draw_accuracy(report, folder / "figures" / "accuracy.png")
-    if curves(report):
-        draw_recovery(report, folder / "figures" / "recovery.png")
-    if most_lost(report):
-        draw_overview(report, most_lost(report), folder / "figures" / "overview.png")
-    write_text(folder / "report.md", to_markdown(report))
+def write_report(folder: Path) -> dict:
+    """From the rows in `folder` to report.json, report.md and figures/ (contract C5); returns what report.json holds."""
+    report = find(folder)
+    drawn = draw_all(report, folder / "figures")
+    write_text(folder / "report.md", to_markdown(report, read_evaluations(folder / "evals"), drawn))
     write_json(folder / "report.json", report)
     return report
 
 
-def read_evaluations(folder: Path, checkpoints: Sequence[str]) -> dict[str, dict[str, list[dict]]]:
-    """Graded rows by checkpoint and benchmark; all on the same problems as the first checkpoint's."""
-    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl")
-                   for benchmark in read_json(folder / name / "summary.json")} for name in checkpoints}
-    first = checkpoints[0]
-    for name in checkpoints:
-        for benchmark, first_rows in rows[first].items():
-            check_same_problems(benchmark, folder / first, first_rows, folder / name, rows[name].get(benchmark, []))
-    return rows
-
-
-def build(rows: dict[str, dict[str, list[dict]]], openers: Sequence[str] | None = None) -> dict:
-    """checkpoints, drop, recovered_fraction and style from graded rows by checkpoint and benchmark."""
-    checkpoints = {name: {benchmark: summarise(graded) for benchmark, graded in by_benchmark.items()}
-                   for name, by_benchmark in rows.items()}
-
-    report = {"checkpoints": checkpoints, "drop": {}, "lost": {}, "recovered_fraction": {}}
-    for benchmark in rows["base"] if "off_model" in rows else ():
-        found = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
-        report["drop"][benchmark] = {name: found[name] for name in ("points", "ci95", "p")}
-        report["lost"][benchmark] = found["lost"] | {"gained": found["gained"]}
-        base, off = (checkpoints[name][benchmark]["correct"] for name in ("base", "off_model"))
-        for curve, counts in curves(report).items():
-            # a share of nothing is no number: where SFT lost nothing, there is nothing to bring back
-            report.setdefault(f"{curve}_fraction", {})[benchmark] = {
-                str(n): (checkpoints[f"{curve}_{n}"][benchmark]["correct"] - off) / (base - off) if base > off else None
-                for n in counts
-            }
-    if openers:
-        worded = [benchmark for benchmark, graded in rows["base"].items()
-                  if any(len(row["response"].split()) > 1 for row in graded)]  # a letter alone has no style
-        report["style"] = {name: {benchmark: style_shares(by_benchmark[benchmark], openers) for benchmark in worded}
-                           for name, by_benchmark in rows.items() if worded and name not in FORCED}
-    return report
-
-
-def style_shares(rows: Sequence[dict], openers: Sequence[str]) -> dict[str, float]:
-    """Share of the responses that begin as the student's style does, and as the teacher's."""
-    return {whose: sum(row["response"].lstrip().startswith(opener) for row in rows) / len(rows)
-            for whose, opener in zip(("student", "teacher"), openers, strict=True)}
-
-
-def curves(report: dict) -> dict[str, list[int]]:
-    """The recovery curves, "recovered" and perhaps "recovered_in_S_steps", with their numbers of native examples."""
-    found: dict[str, list[int]] = {}
-    for name in report["checkpoints"]:
-        if match := CURVE.fullmatch(name):
-            found.setdefault(match[1], []).append(int(match[2]))
-    return found
-
-
-def to_markdown(report: dict) -> str:
-    """The report as a page of tables."""
+def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
+    """The report as a page."""
     checkpoints, benchmarks = report["checkpoints"], list(report["checkpoints"]["base"])
-    most = max(checkpoints["base"][benchmark]["n"] for benchmark in benchmarks)
-    lines = [
-        f"# Off-model SFT: {_plain(report['student'])} on responses of {_plain(report['teacher'])}", "",
-        *([report["note"], ""] if report["note"] else []),
-        f"Accuracy in % with its 95 % Wilson interval, on the same problems for every checkpoint (n ≤ {most}).", "",
-        _table(["checkpoint", *benchmarks],
+    student, teacher = plain(report["student"]), plain(report["teacher"])
+    lines = [f"# Off-model SFT: {student} on responses of {teacher}", ""]
+    lines += [report["note"], ""] if report["note"] else []
+
+    def part(title: str, *paragraphs: str, rows: Iterable[str] = (), figure: str | None = None) -> None:
+        lines.extend([f"## {title}", ""])
+        for paragraph in paragraphs:
+            lines.extend([paragraph.rstrip("\n"), ""])
+        if figure in figures:
+            lines.extend([f"![{figure}](figures/{figure}.png)", ""])
+        if rows:
+            lines.extend([f"<sub>From {', '.join(f'`{name}`' for name in rows)}.</sub>", ""])
+
+    def files(names: Sequence[str], stems: Sequence[str] = benchmarks) -> list[str]:
+        return [f"evals/{braces(names)}/{braces(stems)}.jsonl"]
+
+    part("Question", *_abstract(report))
+    part("Set-up", _setup(report))
+    part("Accuracy", f"In %, with 95 % Wilson intervals; the same problems for every checkpoint "
+         f"(n = {', '.join(str(checkpoints['base'][b]['n']) for b in benchmarks)}).",
+         table(["checkpoint", *benchmarks],
                [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
                 for name, entry in checkpoints.items()]),
-    ]
-    notes = [f"- `{name}`: {meaning}" for name, meaning in MEANING.items() if name in checkpoints]
-    lines += [*notes, ""] if notes else []
-    lines += ["![accuracy](figures/accuracy.png)", ""]
-    if most_lost(report):
-        lines += ["![lost by level, and recovered](figures/overview.png)", ""]
+         "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
+                   if any(_kind(name) == kind for name in checkpoints)),
+         rows=files(list(checkpoints)), figure="accuracy")
     if report["drop"]:
-        lines += [
-            "## What SFT on the teacher's responses cost", "",
-            "Points lost from base to off_model: bootstrap interval over problems, exact McNemar p. Then what became "
-            "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
-            "most are cut, a higher --max-new-tokens may show that nothing was lost.", "",
-            _table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
-                    "all cut, base → off", "all without an answer"],
-                   [_drop_row(benchmark, report) for benchmark in benchmarks]),
-        ]
-    if curves(report):
-        lines += ["## What native examples brought back", "",
-                  "Share of the drop that SFT on N of the student's own responses recovered; – where nothing was lost. "
-                  "By epochs, more examples are more steps too.", ""]
-        for curve, counts in curves(report).items():
-            lines.append(_table([curve.replace("_", " "), *(f"N = {n}" for n in counts)],
-                                [[benchmark, *(_share(report[f"{curve}_fraction"][benchmark][str(n)]) for n in counts)]
-                                 for benchmark in benchmarks]))
-        lines += ["![recovery](figures/recovery.png)", ""]
+        _losses(report, part, files)
+    if arms(list(checkpoints)):
+        _recovered(report, part, files)
+    if report["claims"]:
+        part("Why: what each control says", "\n".join(f"- **{plain(one['about'])}.** {plain(one['text'])} "
+             f"<sub>{', '.join(f'`{name}`' for name in one['rows'])}</sub>" for one in report["claims"]))
     if all(name in checkpoints for _, *names in SOURCE_AND_STYLE for name in names):
-        lines += ["## Source or style", "", "Accuracy in % after SFT on the same prompts' responses, whoever gave them "
-                  "and in whichever style.", "",
-                  _table(["responses", *(f"{benchmark}, {whose} style" for benchmark in benchmarks
-                                         for whose in ("the student's", "the teacher's"))],
-                         [[source, *(_accuracy(checkpoints[name][b]) for b in benchmarks for name in names)]
-                          for source, *names in SOURCE_AND_STYLE])]
-    if report.get("style"):
-        shown = list(report["style"]["base"])
-        lines += ["## Style", "", "Responses in % that begin as the student's style does / as the teacher's does.", "",
-                  _table(["checkpoint", *shown],
-                         [[name, *(f"{100 * by[b]['student']:.0f} / {100 * by[b]['teacher']:.0f}" for b in shown)]
-                          for name, by in report["style"].items()])]
-    for benchmark in benchmarks:
-        levels = list(checkpoints["base"][benchmark]["by_level"])
-        if levels:
-            lines += [f"## {_plain(benchmark)} by level", "", "Correct of n.", "", _table(
-                ["checkpoint", *(f"level {_plain(level)}" for level in levels)],
-                [[name, *(f"{cell['correct']} of {cell['n']}" for cell in entry[benchmark]["by_level"].values())]
-                 for name, entry in checkpoints.items()])]
-    times = [[name, f"{spent:.0f}"] for name, spent in report["seconds"].items()]
-    lines += ["## Time", "", _table(["stage", "seconds"], times)]
+        part("Source or style", "Accuracy in % after SFT on the same prompts' responses, whoever gave them and in "
+             "whichever style.", table(
+                 ["responses", *(f"{benchmark}, {whose} style" for benchmark in benchmarks
+                                 for whose in ("the student's", "the teacher's"))],
+                 [[source, *(_accuracy(checkpoints[name][b]) for b in benchmarks for name in names)]
+                  for source, *names in SOURCE_AND_STYLE]),
+             rows=files([name for _, *names in SOURCE_AND_STYLE for name in names]))
+    _style(report, part, files)
+    if "off_model" in rows:
+        _transcripts(rows, main_benchmark(report), part)
+    part("Limits", "\n".join(f"- {limit}" for limit in _limits(report)))
+    part("Time", table(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in report["seconds"].items()]),
+         rows=["stages.json"])
     return "\n".join(lines)
+
+
+def _abstract(report: dict) -> list[str]:
+    """The question, and the answer in sentences that the intervals allow."""
+    asked = (f"What does LoRA SFT on the responses of {plain(report['teacher'])} to chat prompts cost "
+             f"{plain(report['student'])}, why, and what brings it back?")
+    said = [f"On {plain(benchmark)} there is {effect(drop)}." for benchmark, drop in report["drop"].items()]
+    there = arms(list(report["checkpoints"])).get("recovered")
+    for benchmark in report["drop"]:
+        share = report["recovered_fraction"].get(benchmark, {}).get(str(there[-1])) if there else None
+        if share is not None and report["drop"][benchmark]["ci95"][0] > 0:
+            low, high = report["recovered_ci95"][benchmark][str(there[-1])]
+            said.append(f"SFT on {there[-1]} of its own responses to other prompts brought back {100 * share:.0f} % "
+                        f"({_percent(low)} to {_percent(high)}) of what {plain(benchmark)} lost.")
+    return [asked, " ".join(said)] if said else [asked]
+
+
+def _setup(report: dict) -> str:
+    had = report["options"]
+    length = f"{had['steps']} steps" if had.get("steps") else f"{had['epochs']} epochs"
+    levels = f" (problems of level {', '.join(map(plain, had['levels']))} where there are levels)" if had["levels"] else ""
+    return (f"{had['n_train']} responses of the teacher, sampled at temperature {had['temperature']} and at most "
+            f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']} on all linear layers, {length} of at most "
+            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {had['dtype']}, seed "
+            f"{had['seed']}. Benchmarks are answered greedily{levels}. Everything else is in config.json; the commands "
+            f"are in stages.json; code revision {report['revision'] or 'unknown'}.")
+
+
+def _losses(report: dict, part: object, files: object) -> None:
+    benchmarks = list(report["drop"])
+    part("What SFT on the teacher's responses cost",
+         "Points lost from base to off_model: bootstrap interval over problems, McNemar's mid-p. Then what became of the "
+         "problems that base had right: cut at the limit, ended without an answer, answered wrong. Where most are cut, a "
+         "higher --max-new-tokens may show that nothing was lost.",
+         table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
+                "all cut, base → off", "all without an answer"], [_drop_row(name, report) for name in benchmarks]),
+         rows=files(["base", "off_model"]), figure="overview")
+    sentences, body = [], []
+    for benchmark, kinds in report["difficulty"].items():
+        for kind, found in kinds.items():
+            p, slope = found["trend"]["p"], found["trend"]["slope"]
+            of = {"level": "level", "length": "the length of the base model's own response (quarters)"}[kind]
+            grows = f"the loss {'grows' if slope > 0 else 'shrinks'} with" if p < 0.05 else (
+                "there is no evidence that the loss depends on")
+            sentences.append(f"On {plain(benchmark)} {grows} {of} ({slope:+.1f} points a step, p = {_p(p)}).")
+            body += [[benchmark, kind, str(group["group"]), str(group["n"]), f"{group['points']:.1f}",
+                      f"{group['ci95'][0]:.1f} to {group['ci95'][1]:.1f}"] for group in found["groups"]]
+    if body:
+        part("By difficulty", " ".join(sentences) + " (Permutation test over problems.)",
+             table(["benchmark", "by", "group", "n", "lost, points", "95 %"], body),
+             rows=files(["base", "off_model"], list(report["difficulty"])))
+
+
+def _recovered(report: dict, part: object, files: object) -> None:
+    paragraphs = ["Share of the drop that SFT on N of the student's own responses brought back, seeds taken together; "
+                  "95 % bootstrap intervals over problems and seeds; – where nothing was lost. By epochs, more examples "
+                  "are more steps too. Last, the N that brings back 80 %, by a log-logistic curve through the shares."]
+    there = arms(list(report["checkpoints"]))
+    for arm, counts in there.items():
+        prefix = "" if arm == "recovered" else f"{arm}_"
+        if "_seed_" in arm:
+            continue
+        shares, bounds = (report[f"{prefix or 'recovered_'}{kind}"] for kind in ("fraction", "ci95"))
+        paragraphs.append(table(
+            [arm.replace("_", " "), *(f"N = {n}" for n in counts), "N for 80 %"],
+            [[name, *(_share(shares[name][str(n)], bounds[name][str(n)]) for n in counts),
+              _needed(report[f"{prefix}n80"][name], counts)] for name in shares]))
+    names = [f"{arm}_{n}" for arm, counts in there.items() for n in counts]
+    part("What native examples brought back", *paragraphs, rows=files(["base", "off_model", *names]), figure="recovery")
+
+
+def _style(report: dict, part: object, files: object) -> None:
+    style = report["style"]
+    shares, features = style["teacher_share"], style["features"]
+    benchmarks = list(features.get("base", {}))
+    if not benchmarks:
+        return
+    held = "" if style["held_out"] is None else (
+        f" A classifier of character n-grams, trained on {style['responses']['student']} chat responses of the student "
+        f"and {style['responses']['teacher']} of the teacher (held-out accuracy {100 * style['held_out']:.1f} %), says "
+        "which share of the benchmark responses is in the teacher's style.")
+    heads = ["checkpoint"]
+    for benchmark in benchmarks:
+        heads += [f"{benchmark}: teacher's style, %"] * bool(shares) + [
+            f"begin as student's / teacher's, %"] * bool(style["openers"]) + [  # noqa: F541
+            "words", "steps", "markdown", "formulas", "self-corrections", "most begin"]
+    body = []
+    for name in features:
+        cells = [name]
+        for benchmark in benchmarks:
+            one = features[name][benchmark]
+            begun = style["openers"].get(name, {}).get(benchmark)
+            if shares:
+                cells.append(f"{100 * shares[name][benchmark]:.0f}")
+            if style["openers"]:
+                cells.append(f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–")
+            cells += [f"{one[kind]:.1f}" for kind in ("words", "steps", "markdown", "formulas", "self-corrections")]
+            cells.append(f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)")
+        body.append(cells)
+    part("Style", f"Means per response.{held}", table(heads, body),
+         rows=["teacher.jsonl", "native.jsonl", *files(list(features), benchmarks)], figure="style")
+    if report["kl"]:
+        stems = list(next(iter(report["kl"].values())))
+        part("Distance", "KL(base ‖ checkpoint) per token, in nats, on the base model's own responses to chat prompts "
+             "(native) and to the benchmarks.",
+             table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
+                                            for name, of in report["kl"].items()]),
+             rows=[f"measures/{braces(list(report['kl']))}/{braces(stems)}.jsonl"], figure="distance")
+    if report["ratio"]:
+        stems = list(next(iter(report["ratio"].values())))
+        part("Whose responses", "Log-likelihood under the original student minus under the teacher, nats per token: above "
+             "0 a checkpoint's responses are more the student's.",
+             table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
+                                            for name, of in report["ratio"].items()]),
+             rows=[f"measures/{braces([f'{name}_under_{role}' for name in report['ratio'] for role in roles])}/"
+                   f"{braces(stems)}.jsonl" for roles in (("student", "teacher"),)])
+
+
+def _transcripts(rows: Rows, benchmark: str | None, part: object) -> None:
+    """A problem that base had right and off_model has not, with the last recovered checkpoint's response if it is
+    right again: what each wrote, and where they part."""
+    there = arms(list(rows)).get("recovered")
+    names = ["base", "off_model", *([f"recovered_{there[-1]}"] if there else [])]
+    if benchmark is None:
+        return
+    found = [responses for responses in zip(*(rows[name][benchmark] for name in names), strict=True)
+             if responses[0]["correct"] and not responses[1]["correct"]]
+    found.sort(key=lambda responses: not responses[-1]["correct"])  # one that came back, where there is one
+    if not found:
+        return
+    chosen = found[0]
+    parting = next((i for i, (a, b) in enumerate(zip(chosen[0]["response"], chosen[1]["response"], strict=False))
+                    if a != b), min(len(one["response"]) for one in chosen[:2]))
+    paragraphs = [f"Problem {plain(chosen[0]['id'])} of {plain(benchmark)}, the right answer being "
+                  f"{plain(chosen[0]['gold'])}. The base model's and the off-model response part after {parting} "
+                  "characters, at ⟪⟫.", fence(chosen[0]["prompt"])]
+    for name, row in zip(names, chosen, strict=True):
+        said = "right" if row["correct"] else "wrong" if row["extracted"] is not None else "no answer"
+        text = row["response"]
+        if name != names[-1] or len(names) == 2:
+            text = f"{text[:parting]}⟪⟫{text[parting:]}"
+        start = max(0, parting - SHOWN // 2)
+        shown = ("…" if start else "") + text[start : start + SHOWN] + ("…" if len(text) > start + SHOWN else "")
+        paragraphs += [f"{name} ({said}):", fence(shown)]
+    part("The same problem, before and after", *paragraphs,
+         rows=[f"evals/{braces(names)}/{benchmark}.jsonl"])
+
+
+def _limits(report: dict) -> list[str]:
+    limits = [f"One pair of models, one SFT run (seed {report['options']['seed']}): intervals are over problems, and "
+              "over native examples where there are several seeds, not over SFT runs."]
+    for benchmark, drop in report["drop"].items():
+        half = (drop["ci95"][1] - drop["ci95"][0]) / 2
+        limits.append(f"On {plain(benchmark)} (n = {report['checkpoints']['base'][benchmark]['n']}) losses below about "
+                      f"{half:.0f} points can't be seen.")
+        entry = report["checkpoints"]["off_model"][benchmark]
+        if entry["truncated"] > 0.2 * entry["n"]:
+            limits.append(f"On {plain(benchmark)} {entry['truncated']} of {entry['n']} off-model responses were cut at "
+                          "the limit.")
+    if not any(drop["ci95"][0] > 0 for drop in report["drop"].values()):
+        limits.append("No benchmark has a loss that is clear of 0, so the controls have nothing to explain.")
+    return limits
 
 
 def summary_table(report: dict) -> str:
@@ -177,16 +272,39 @@ def summary_table(report: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, followed by an empty line."""
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(map(_plain, row))} |" for row in rows) + "\n"
+    return "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is: no link, image, HTML or new cell can come out of it."""
-    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in text)
+    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in _printable(text))
     return " ".join(escaped.split())
+
+
+def fence(text: str) -> str:
+    """Text as a block of code that it can't end: the fence is longer than any run of backticks in it."""
+    ticks = "`" * (1 + max([2, *map(len, re.findall(r"`+", text))]))
+    return f"{ticks}text\n{_printable(text)}\n{ticks}"
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def braces(names: Sequence[str]) -> str:
+    """Several names as a shell would expand them: {base,off_model}."""
+    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+
+
+def _kind(checkpoint: str) -> str | None:
+    return max((kind for kind in MEANING if checkpoint.startswith(kind)), key=len, default=None)
 
 
 def _accuracy(entry: dict) -> str:
@@ -197,126 +315,49 @@ def _accuracy(entry: dict) -> str:
 def _drop_row(benchmark: str, report: dict) -> list[str]:
     drop = report["drop"][benchmark]
     base, off = (report["checkpoints"][name][benchmark] for name in ("base", "off_model"))
-    return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", f"{drop['p']:.3g}",
+    return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", _p(drop["p"]),
             *(str(report["lost"][benchmark][fate]) for fate in ("truncated", "unparsed", "wrong", "gained")),
             f"{base['truncated']} → {off['truncated']}", f"{base['unparsed']} → {off['unparsed']}"]
 
 
-def _share(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.0f} %"
+def _p(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-4 else f"{value:.0e}"
 
 
-def _figure(columns: int, height: float) -> tuple:
-    """A matplotlib figure and its axes in the house style, `columns` panels wide."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.2 + 3.4 * columns, height), dpi=150, layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in panels:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(MUTED)
-        axes.tick_params(colors=INK, labelsize=9)
-        axes.set_axisbelow(True)
-    return figure, panels
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if abs(share) < float("inf") else "∞" if share > 0 else "-∞"
 
 
-def _save(figure: object, path: Path) -> None:
-    with whole(path) as part:
-        figure.savefig(part, format="png")
+def _share(share: float | None, bounds: Sequence[float] | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} % ({_percent(bounds[0])} to {_percent(bounds[1])})"
 
 
-def draw_accuracy(report: dict, path: Path) -> None:
-    """A panel per benchmark: each checkpoint's accuracy with its interval."""
-    checkpoints = report["checkpoints"]
-    benchmarks, names = list(checkpoints["base"]), list(checkpoints)[::-1]
-    figure, panels = _figure(len(benchmarks), 0.9 + 0.33 * len(names))
-    for axes, benchmark in zip(panels, benchmarks, strict=True):
-        for y, name in enumerate(names):
-            entry = checkpoints[name][benchmark]
-            colour = COLOURS[next(key for key in COLOURS if name.startswith(key))]
-            low, high = (100 * bound for bound in entry["ci95"])
-            axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.45, solid_capstyle="round")
-            axes.plot(100 * entry["accuracy"], y, "o", color=colour, markersize=6)
-        base = 100 * checkpoints["base"][benchmark]["accuracy"]
-        axes.axvline(base, color=COLOURS["base"], linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names] if axes is panels[0] else [])
-        axes.set_xlim(-2, 102)
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.grid(axis="x", color=GRID)
-        axes.set_title(f"{benchmark} (n = {checkpoints['base'][benchmark]['n']})", fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("accuracy, %", fontsize=9, color=MUTED)
-    _save(figure, path)
+def _needed(found: dict, counts: Sequence[int]) -> str:
+    def number(n: float) -> str:
+        return f"> {counts[-1]}" if n > counts[-1] else f"< {counts[0]}" if n < counts[0] else f"{n:.0f}"
+
+    if found["n"] is None:
+        return "–"
+    low, high = map(number, found["ci95"])
+    return number(found["n"]) if low == high == number(found["n"]) else f"{number(found['n'])} ({low} to {high})"
 
 
-def draw_recovery(report: dict, path: Path) -> None:
-    """A panel per benchmark: accuracy over the number of native examples, from the off-model student on."""
-    benchmarks = list(report["checkpoints"]["base"])
-    figure, panels = _figure(len(benchmarks), 2.8)
-    for axes, benchmark in zip(panels, benchmarks, strict=True):
-        _draw_curves(report, benchmark, axes)
-        axes.set_title(benchmark, fontsize=10, color=INK, loc="left")
-    panels[0].set_ylabel("accuracy, %", fontsize=9, color=MUTED)
-    panels[-1].legend(fontsize=8, frameon=False)
-    _save(figure, path)
+def _measure(found: dict | None) -> str:
+    return "–" if found is None else f"{found['mean']:.4f} ({found['ci95'][0]:.4f} to {found['ci95'][1]:.4f})"
 
 
-def _draw_curves(report: dict, benchmark: str, axes: "Axes") -> None:
-    checkpoints = report["checkpoints"]
-    base, off = (checkpoints[name][benchmark] for name in ("base", "off_model"))
-    axes.axhline(100 * base["accuracy"], color=COLOURS["base"], linewidth=1.5, linestyle=":", label="base")
-    for (curve, counts), line in zip(curves(report).items(), ("-o", "--s"), strict=False):
-        entries = [off, *(checkpoints[f"{curve}_{n}"][benchmark] for n in counts)]
-        places = range(len(entries))  # evenly spaced: the Ns are chosen by doubling or so
-        low, high = ([100 * entry["ci95"][i] for entry in entries] for i in (0, 1))
-        axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.12, linewidth=0)
-        axes.plot(places, [100 * entry["accuracy"] for entry in entries], line, color=COLOURS["recovered"],
-                  markersize=5, label=curve.replace("_", " "))
-        axes.set_xticks(places, ["0", *map(str, counts)])
-    more = checkpoints.get("control_more_teacher")
-    if more:  # as many examples as the last point's, of the teacher's
-        axes.plot(places[-1], 100 * more[benchmark]["accuracy"], "D", color=COLOURS["control"], markersize=6,
-                  label="more teacher data")
-    axes.plot(0, 100 * off["accuracy"], "o", color=COLOURS["off_model"], markersize=7, label="off model")
-    axes.set_ylim(-2, 105)
-    axes.grid(axis="y", color=GRID)
-    axes.set_xlabel("native examples", fontsize=9, color=MUTED)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="of an experiment (recover.py --out)")
+    return parser.parse_args(argv)
 
 
-def most_lost(report: dict) -> str | None:
-    """The benchmark with levels that lost most; None if there is none, or no recovery to show with it."""
-    levelled = [name for name in report["drop"] if len(report["checkpoints"]["base"][name]["by_level"]) > 1]
-    return max(levelled, key=lambda name: report["drop"][name]["points"]) if levelled and curves(report) else None
+def main(argv: list[str] | None = None) -> None:
+    """Write the report of a folder."""
+    folder = parse(argv).folder
+    print(f"{summary_table(write_report(folder))}\n{folder / 'report.md'}")
 
 
-def draw_overview(report: dict, benchmark: str, path: Path) -> None:
-    """What was lost by level, and what came back."""
-    checkpoints = report["checkpoints"]
-    figure, (left, right) = _figure(2, 4.2)
-    most = curves(report)["recovered"][-1]
-    lines = {  # those that often lie on one another are told apart by width and marks
-        "base": ("base", {"color": COLOURS["base"], "linewidth": 6, "alpha": 0.3}),
-        f"recovered_{most}": (f"recovered, N = {most}",
-                              {"color": COLOURS["recovered"], "marker": "o", "markersize": 4}),
-        "off_model": ("off model", {"color": COLOURS["off_model"], "marker": "o", "markersize": 5}),
-        "base_in_teacher_style": ("base, in teacher's style",
-                                  {"color": COLOURS["base"], "linestyle": "--", "marker": "s", "markersize": 5}),
-        "off_model_in_student_style": ("off model, in student's style",
-                                       {"color": COLOURS["off_model"], "linestyle": "", "marker": "s", "markersize": 9,
-                                        "markerfacecolor": "none"}),
-    }
-    for name, (label, style) in lines.items():
-        if name in checkpoints:
-            cells = checkpoints[name][benchmark]["by_level"]
-            left.plot(list(cells), [100 * cell["correct"] / cell["n"] for cell in cells.values()], label=label, **style)
-    left.set_ylim(-2, 105)
-    left.grid(axis="y", color=GRID)
-    left.set_title(f"{benchmark}: what was lost, by level", fontsize=10, color=INK, loc="left")
-    left.set_xlabel("level", fontsize=9, color=MUTED)
-    left.set_ylabel("accuracy, %", fontsize=9, color=MUTED)
-    _draw_curves(report, benchmark, right)
-    right.set_title("what came back", fontsize=10, color=INK, loc="left")
-    for axes in (left, right):
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-    _save(figure, path)
+if __name__ == "__main__":
+    run_script(main)

@@ -9,6 +9,8 @@ is for saving. As a program it merges:
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,6 +132,18 @@ def detach(model: Decoder) -> None:
     """Take the adapter off: the base model, as it was."""
     for name, adapter in adapted(model).items():
         _place(model, name, adapter.base)
+
+
+@contextmanager
+def disabled(model: Decoder) -> Iterator[None]:
+    """The base model inside the block, and the same adapter again behind it."""
+    adapters = adapted(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        for name, adapter in adapters.items():
+            _place(model, name, adapter)
 
 
 def merge(model: Decoder) -> None:

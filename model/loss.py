@@ -67,6 +67,26 @@ def nll_reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights
 
 
 @torch.inference_mode()
+def divergence(hidden: Tensor, base_hidden: Tensor | None, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """-log p(target) under a model and under its base, and KL(base ‖ model): three of (N,) float32, in nats.
+
+    hidden and base_hidden (N, E) of the positions before the targets, weight (V, E) of the head that both models
+    share, targets (N,) int64. Without base_hidden the first alone. A chunk of positions at a time, as in the loss.
+    """
+    found = []
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        chosen = targets[part, None]
+        logprobs = linear(hidden[part], weight).float().log_softmax(-1)  # (C, V)
+        measures = [-logprobs.gather(1, chosen)[:, 0]]
+        if base_hidden is not None:
+            base = linear(base_hidden[part], weight).float().log_softmax(-1)
+            measures += [-base.gather(1, chosen)[:, 0], (base.exp() * (base - logprobs)).sum(-1)]
+        found.append(measures)
+    return tuple(torch.cat(each) for each in zip(*found, strict=True))
+
+
+@torch.inference_mode()
 def response_logprobs(model: Decoder, tokens: list[int], first: int, last: int) -> Tensor:
     """Log-probabilities (last - first,) float32 of tokens[first:last] given all before them, by the trainer's path."""
     stream = torch.tensor(tokens, device=model.device)

@@ -1,11 +1,12 @@
 """The benchmarks by name, and the graders of saved rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from base.errors import UserError
 from data.benchmarks import ifeval, mathematics, miniature, mmlu
-from data.benchmarks.problem import Benchmark, Grader
+from data.benchmarks.problem import Benchmark, Grader, sample
 
 LOADERS = {
     "mmlu": mmlu.load, "ifeval": ifeval.load, "math500": mathematics.load_math500,
@@ -18,12 +19,24 @@ GRADERS = {
 }
 
 
-def load_benchmarks(names: Sequence[str], n: int | None, seed: int) -> list[Benchmark]:
-    """`load_benchmark` for several, whose names must differ, since each is saved under its own."""
-    found = [load_benchmark(name, n, seed) for name in dict.fromkeys(names)]
+def load_benchmarks(names: Sequence[str], n: int | None, seed: int, levels: Sequence[str] = ()) -> list[Benchmark]:
+    """`load_benchmark` for several, whose names must differ, since each is saved under its own.
+
+    With `levels`, those that have levels are cut to problems of these before n are drawn.
+    """
+    found = [load_benchmark(name, None if levels else n, seed) for name in dict.fromkeys(names)]
+    found = [_of_levels(benchmark, n, seed, levels) for benchmark in found] if levels else found
     if len({benchmark.name for benchmark in found}) < len(found):
         raise UserError(f"two of --benchmarks {' '.join(names)} have the same name; rename one of the files")
     return found
+
+
+def _of_levels(benchmark: Benchmark, n: int | None, seed: int, levels: Sequence[str]) -> Benchmark:
+    there = {str(problem.level) for problem in benchmark.problems if problem.level is not None}
+    chosen = [problem for problem in benchmark.problems if not there or str(problem.level) in levels]
+    if not chosen:
+        raise UserError(f"{benchmark.name} has no problem of --levels {' '.join(levels)}; it has {', '.join(sorted(there))}")
+    return replace(benchmark, problems=sample(chosen, n, seed))
 
 
 def load_benchmark(name: str, n: int | None, seed: int) -> Benchmark:

@@ -1,0 +1,401 @@
+"""What an experiment folder says: every figure of its report, from the row files alone, and what each control means.
+
+Nothing is remembered from the run: `python -m analysis.report DIR` finds the same after `evaluate.py --rescore`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.compare import check_same_problems
+from analysis.statistics import (
+    by_group,
+    compare_rows,
+    paired_difference,
+    quarters,
+    rank_correlation,
+    ratio,
+    recovery,
+    summarise,
+)
+from base.errors import UserError
+from base.files import read_json
+from data.rows import read_rows
+
+Rows = dict[str, dict[str, list[dict]]]  # graded rows by checkpoint and benchmark
+# In this order, by the beginning of their names; numbers in names count as numbers
+ORDER = ("base", "teacher", "off_model_step", "off_model", "recovered", "scaled", "base_in", "off_model_in",
+         "base_under", "off_model_under", "control")
+CURVE = re.compile(r"(recovered(?:_in_\d+_steps|_seed_\d+)?)_(\d+)")  # an arm of the recovery, and N
+FORCED = ("base_in_teacher_style", "off_model_in_student_style")
+SOURCE_AND_STYLE = (  # the 2 × 2: whose responses (rows), in whose style (columns)
+    ("the student's", "control_native", "control_native_in_teacher_style"),
+    ("the teacher's", "control_teacher_in_student_style", "off_model"),
+)
+
+
+def find(folder: Path) -> dict:
+    """All figures of the experiment in `folder`, as report.json holds them (contract C5)."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is no experiment: it has no config.json")
+    record = read_json(folder / "config.json")
+    options = record.get("options", {})
+    rows = read_evaluations(folder / "evals")
+    stages = read_json(folder / "stages.json") if (folder / "stages.json").exists() else {}
+    report = {"student": options.get("student"), "teacher": options.get("teacher"), "note": record.get("note", ""),
+              "options": {name: options.get(name) for name in ("n_train", "max_new_tokens", "rank", "lr", "epochs",
+                          "steps", "batch_tokens", "seed", "temperature", "eval_system", "levels", "dtype")},
+              "revision": record.get("git_revision"),
+              "checkpoints": {name: {benchmark: summarise(graded) for benchmark, graded in of.items()}
+                              for name, of in rows.items()}}
+    report |= losses(rows) | recoveries(rows)
+    report["difficulty"] = difficulty(rows) if "off_model" in rows else {}
+    report["style"] = styles(folder, rows, options.get("openers"))
+    report |= measures(folder)
+    report["together"] = together(report)
+    report["claims"] = claims(report, rows)
+    report["seconds"] = {place: stage["seconds"] for place, stage in stages.items()}
+    return report
+
+
+def read_evaluations(folder: Path) -> Rows:
+    """Graded rows of every finished evaluation, in ORDER; all on the same problems as the first checkpoint's."""
+    names = sorted((path.parent.name for path in folder.glob("*/summary.json")), key=_place)
+    if "base" not in names:
+        raise UserError(f"{folder} has no evaluation of base: there is nothing to compare with")
+    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl")
+                   for benchmark in read_json(folder / name / "summary.json")} for name in names}
+    for name in names:
+        for benchmark, first in rows["base"].items():
+            check_same_problems(benchmark, folder / "base", first, folder / name, rows[name].get(benchmark, []))
+    return rows
+
+
+def _place(name: str) -> tuple:
+    kind = max((beginning for beginning in ORDER if name.startswith(beginning)), key=len, default="")
+    parts = tuple((0, float(part), "") if re.fullmatch(r"[\d.]+", part) else (1, 0.0, part)
+                  for part in re.split(r"(\d+(?:\.\d+)?)", name) if part)
+    return ORDER.index(kind) if kind else len(ORDER), parts
+
+
+def verdicts(rows: Sequence[dict]) -> list[bool]:
+    """Which rows are right."""
+    return [row["correct"] for row in rows]
+
+
+def losses(rows: Rows) -> dict:
+    """What each checkpoint has lost against base: "drops", and of off_model alone "drop" and "lost", as in C5."""
+    drops = {name: {benchmark: paired_difference(verdicts(first), verdicts(rows[name][benchmark]))
+                    for benchmark, first in rows["base"].items()} for name in rows if name != "base"}
+    # under another system prompt, against base under the same
+    for name in drops:
+        if (other := name.replace("off_model", "base")) != name and other in rows and "_under_" in name:
+            drops[name] = {benchmark: paired_difference(verdicts(rows[other][benchmark]), verdicts(graded))
+                           for benchmark, graded in rows[name].items()}
+    found = {"drops": drops, "drop": drops.get("off_model", {}), "lost": {}}
+    for benchmark in found["drop"]:
+        one = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
+        found["lost"][benchmark] = one["lost"] | {"gained": one["gained"]}
+    return found
+
+
+def arms(names: Sequence[str]) -> dict[str, list[int]]:
+    """The arms of the recovery ("recovered", "recovered_in_S_steps", "recovered_seed_K") with their numbers N."""
+    found: dict[str, list[int]] = {}
+    for name in names:
+        if match := CURVE.fullmatch(name):
+            found.setdefault(match[1], []).append(int(match[2]))
+    return found
+
+
+def recoveries(rows: Rows) -> dict:
+    """What native examples brought back, seeds taken together: for the arm by epochs "recovered_fraction" {benchmark:
+    {N: share}}, "recovered_ci95" and "n80"; for the one of S steps the same behind "recovered_in_S_steps_"."""
+    found: dict[str, dict] = {"recovered_fraction": {}, "recovered_ci95": {}, "n80": {}}
+    there = arms(list(rows))
+    for arm in there:
+        if "_seed_" in arm or "off_model" not in rows:
+            continue
+        runs = [arm, *(other for other in there if other.startswith(f"{arm}_seed_"))]
+        prefix = "" if arm == "recovered" else f"{arm}_"
+        names = ("recovered_fraction" if not prefix else f"{arm}_fraction",
+                 "recovered_ci95" if not prefix else f"{arm}_ci95", f"{prefix}n80")
+        for benchmark, base in rows["base"].items():
+            back = {n: [verdicts(rows[f"{run}_{n}"][benchmark]) for run in runs if f"{run}_{n}" in rows]
+                    for n in there[arm]}
+            fewest = min(map(len, back.values()))  # a run that is only half there is left out
+            one = recovery(verdicts(base), verdicts(rows["off_model"][benchmark]),
+                           {n: some[:fewest] for n, some in back.items()})
+            for name, part in zip(names, (one["share"], one["ci95"], one["n80"]), strict=True):
+                keyed = {str(key): value for key, value in part.items()}
+                found.setdefault(name, {})[benchmark] = keyed
+    return found
+
+
+def difficulty(rows: Rows) -> dict:
+    """The drop by level, and by the length of the base model's own response, in quarters, with a test for trend."""
+    found: dict[str, dict] = {}
+    for benchmark, base in rows["base"].items():
+        off, kinds = rows["off_model"][benchmark], {}
+        if len({row.get("level") for row in base} - {None}) > 1:
+            names = sorted({str(row["level"]) for row in base}, key=lambda name: (len(name), name))
+            kinds["level"] = by_group(base, off, [names.index(str(row["level"])) for row in base])
+            for group, name in zip(kinds["level"]["groups"], names, strict=True):
+                group["group"] = name
+        if _in_words(base):
+            kinds["length"] = by_group(base, off, quarters([len(row["response"]) for row in base]))
+        if kinds:
+            found[benchmark] = kinds
+    return found
+
+
+def _in_words(rows: Sequence[dict]) -> bool:
+    """Whether a benchmark is answered in more than a letter or a word, so that there is style."""
+    return any(len(row["response"].split()) > 1 for row in rows)
+
+
+def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
+    """How much of the teacher's style is in each checkpoint's benchmark responses: "teacher_share" and "features"
+    {checkpoint: {benchmark: …}}, "held_out" accuracy of the classifier and, with openers, "openers"."""
+    from analysis.style import StyleClassifier, begins, features
+
+    worded = [benchmark for benchmark, graded in rows["base"].items() if _in_words(graded)]
+    chats = {"student": [folder / "native.jsonl", folder / "controls" / "native.jsonl"],
+             "teacher": [folder / "teacher.jsonl"]}
+    texts = {role: [row["response"] for path in paths if path.exists() for row in read_rows(path)]
+             for role, paths in chats.items()}
+    classifier = StyleClassifier.fit(texts["student"], texts["teacher"])
+    found: dict = {"held_out": classifier.accuracy if classifier else None, "responses": {
+        role: len(some) for role, some in texts.items()}, "teacher_share": {}, "features": {}, "openers": {}}
+    for name, of in rows.items():
+        for benchmark in worded:
+            responses = [row["response"] for row in of[benchmark]]
+            found["features"].setdefault(name, {})[benchmark] = features(responses)
+            if classifier:
+                labels = classifier.is_teachers(responses)
+                found["teacher_share"].setdefault(name, {})[benchmark] = sum(labels) / len(labels)
+            if openers and name not in FORCED:
+                found["openers"].setdefault(name, {})[benchmark] = begins(responses, openers)
+    return found
+
+
+def measures(folder: Path) -> dict:
+    """From measures/: "nll" of the training data under the student, "kl" {checkpoint: {rows: …}} from the base model,
+    and "ratio", the log-likelihood ratio of the two models for a checkpoint's responses; in nats per token."""
+    found: dict[str, dict] = {"nll": {}, "kl": {}, "ratio": {}}
+    for record in sorted((folder / "measures").glob("*/summary.json"), key=lambda path: _place(path.parent.name)):
+        name = record.parent.name
+        for stem in read_json(record):
+            rows = read_rows(record.with_name(f"{stem}.jsonl"))
+            tokens = [row["tokens"] for row in rows]
+            if name in ("teacher_data", "own_data"):
+                found["nll"][stem] = ratio([row["nll"] for row in rows], tokens)
+            elif name.endswith("_under_teacher"):
+                checkpoint = name.removesuffix("_under_teacher")
+                others = read_rows(folder / "measures" / f"{checkpoint}_under_student" / f"{stem}.jsonl")
+                differences = [row["nll"] - other["nll"] for row, other in zip(rows, others, strict=True)]
+                found["ratio"].setdefault(checkpoint, {})[stem] = ratio(differences, tokens)
+            elif "kl" in rows[0]:
+                found["kl"].setdefault(name, {})[stem] = ratio([row["kl"] for row in rows], tokens)
+    return found
+
+
+def together(report: dict) -> dict:
+    """Along SFT and recovery: {benchmark: the path's checkpoints, and rank correlations of accuracy with the
+    teacher's share of the style and with the KL on the base model's own responses, and of these two}."""
+    shares, kls, found = report["style"]["teacher_share"], report["kl"], {}
+    path = [name for name in report["checkpoints"]
+            if name == "base" or name.startswith("off_model_step") or name == "off_model"
+            or (CURVE.fullmatch(name) or [None, None])[1] == "recovered"]
+    for benchmark in shares.get("base", {}):
+        accuracy = [report["checkpoints"][name][benchmark]["accuracy"] for name in path]
+        style = [shares[name][benchmark] for name in path]
+        kl = [0.0 if name == "base" else kls.get(name, {}).get(benchmark, {}).get("mean") for name in path]
+        one = {"path": path, "accuracy": accuracy, "style": style, "kl": kl,
+               "accuracy_and_style": rank_correlation(accuracy, style)}
+        if None not in kl:
+            one |= {"accuracy_and_kl": rank_correlation(accuracy, kl), "style_and_kl": rank_correlation(style, kl)}
+        found[benchmark] = one
+    return found
+
+
+# --- What it means ----------------------------------------------------------------------------------------------------
+
+
+def effect(found: dict, what: str = "loss") -> str:
+    """A difference in words that its interval allows: a loss, a gain, or no evidence of either."""
+    points, (low, high) = found["points"], found["ci95"]
+    if low > 0:
+        return f"a {what} of {points:.1f} points ({low:.1f} to {high:.1f})"
+    if high < 0:
+        return f"a gain of {-points:.1f} points ({-high:.1f} to {-low:.1f})"
+    return f"no evidence of a {what} ({points:.1f} points, {low:.1f} to {high:.1f})"
+
+
+def lost_benchmarks(report: dict) -> list[str]:
+    """Those on which off_model's loss has an interval clear of 0."""
+    return [benchmark for benchmark, drop in report["drop"].items() if drop["ci95"][0] > 0]
+
+
+def claims(report: dict, rows: Rows) -> list[dict]:
+    """What each control says, as {"about", "text", "rows"}: sentences made from the figures, and the evaluations or
+    measures that they are computed from. On the benchmarks that lost something; on all where none did."""
+    if not report["drop"]:
+        return []
+    lost = lost_benchmarks(report)
+    where = lost or list(report["drop"])
+    found: list[dict] = []
+
+    def claim(about: str, sentences: Sequence[str], *sources: str) -> None:
+        if sentences:
+            found.append({"about": about, "text": " ".join(sentences), "rows": list(sources)})
+
+    def versus(name: str, benchmark: str) -> dict:
+        """How much less a control lost than off_model did."""
+        return paired_difference(verdicts(rows[name][benchmark]), verdicts(rows["off_model"][benchmark]))
+
+    def weigh(name: str) -> list[str]:
+        """Whether SFT (or noise) of another kind cost as much as off-model SFT did."""
+        sentences = []
+        for benchmark in where:
+            own, less = report["drops"][name][benchmark], versus(name, benchmark)
+            text = f"On {benchmark} {effect(own)}"
+            if benchmark not in lost:
+                sentences.append(f"{text}.")
+            elif less["ci95"][0] <= 0:
+                sentences.append(f"{text}: not told apart from off-model SFT's, so this may be the cause.")
+            elif own["ci95"][0] <= 0:
+                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: this is not the cause.")
+            else:
+                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: a part of it at most.")
+        return sentences
+
+    for about, names in (
+        ("SFT as such (own responses to the same prompts)", ["control_native"]),
+        ("H3, noise on the weights (Gaussian, each matrix's own norm)", [name for name in rows if "noise" in name]),
+    ):
+        for name in names:
+            if name in rows:
+                claim(about, weigh(name), f"evals/{name}")
+
+    if "teacher" in rows:
+        sentences = []
+        for benchmark in where:
+            to_teacher = report["drops"]["teacher"][benchmark]
+            below = paired_difference(verdicts(rows["teacher"][benchmark]), verdicts(rows["off_model"][benchmark]))
+            said = (f"On {benchmark} the teacher has {100 * report['checkpoints']['teacher'][benchmark]['accuracy']:.1f} "
+                    f"%: against base {effect(to_teacher, 'lower score')}")
+            if benchmark in lost:
+                if below["ci95"][0] > 0:
+                    said += f"; off-model is {_points(below)} below its own teacher, which imitation does not explain"
+                elif to_teacher["ci95"][0] <= 0:
+                    said += ", so there is no evidence that its answers are worse"
+                else:
+                    said += "; off-model is not below it: imitation of a weaker model may be the cause"
+            sentences.append(f"{said}.")
+        claim("H1, a weak teacher", sentences, "evals/teacher")
+
+    nll = report["nll"]
+    if "teacher" in nll and "native" in nll:
+        text = [f"Per token the teacher's responses cost the student {_nats(nll['teacher'])}, its own to the same "
+                f"prompts {_nats(nll['native'])}."]
+        sources = ["measures/teacher_data", "measures/own_data"]
+        if "matched_nll" in nll and "control_matched_nll" in rows:
+            text += [f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}"
+                     + ("." if _overlap(nll["matched_nll"], nll["teacher"]) else
+                        ", which does not match, so what follows is a comparison at unequal likelihood."),
+                     "SFT on these:", *weigh("control_matched_nll")]
+            sources.append("evals/control_matched_nll")
+        claim("H2, data that is unlikely under the student", text, *sources)
+
+    there = arms(list(rows)).get("recovered", [])
+    if there and "control_more_teacher" in rows:
+        sentences = []
+        for benchmark in where:
+            names = (f"recovered_{there[-1]}", "control_more_teacher")
+            native, more = (paired_difference(verdicts(rows[name][benchmark]), verdicts(rows["off_model"][benchmark]))
+                            for name in names)
+            sentences.append(f"On {benchmark} {there[-1]} native examples bring {_gain(native)}, as many of the teacher's "
+                             f"in the same steps {_gain(more)}.")
+        claim("More training of any kind", sentences, "evals/control_more_teacher", f"evals/recovered_{there[-1]}")
+
+    if all(name in rows for name in FORCED):
+        sentences = []
+        for benchmark in where:
+            if not _in_words(rows["base"][benchmark]):
+                continue
+            forced = report["drops"]["base_in_teacher_style"][benchmark]
+            back = paired_difference(verdicts(rows["off_model_in_student_style"][benchmark]),
+                                     verdicts(rows["off_model"][benchmark]))
+            sentences.append(f"On {benchmark} the teacher's style, forced on the base model without any training, is "
+                             f"{effect(forced)}; the student's own, forced on the off-model student without any "
+                             f"training, brings {_gain(back)}.")
+        claim("H4, the style, switched without training", sentences, *(f"evals/{name}" for name in FORCED))
+    if all(name in rows for _, *names in SOURCE_AND_STYLE for name in names):
+        sentences = []
+        for benchmark in where:
+            one, other = ("control_teacher_in_student_style", "control_native_in_teacher_style")
+            source = paired_difference(verdicts(rows["control_native"][benchmark]), verdicts(rows[one][benchmark]))
+            style = paired_difference(verdicts(rows["control_native"][benchmark]), verdicts(rows[other][benchmark]))
+            sentences.append(f"On {benchmark}, against SFT on the student's own responses in its own style, the teacher's "
+                             f"in the student's style are {effect(source)}, the student's in the teacher's style "
+                             f"{effect(style)}.")
+        claim("Source or style", sentences, *(f"evals/{name}" for _, *names in SOURCE_AND_STYLE for name in names))
+
+    for benchmark, one in report["together"].items():
+        if benchmark not in where:
+            continue
+        claim("H4 and H5, style and distance", _moves(benchmark, one, report),
+              *(f"evals/{name}" for name in one["path"]), *(f"measures/{name}" for name in one["path"]
+                                                          if name in report["kl"]))
+    for name in rows:
+        if name.startswith("off_model_under_system"):
+            claim(f"Another system prompt ({name.rpartition('_')[2]})",
+                  [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt."
+                   for benchmark in where], f"evals/{name}", f"evals/{name.replace('off_model', 'base')}")
+    return found
+
+
+def _moves(benchmark: str, one: dict, report: dict) -> list[str]:
+    """Do style and accuracy move together, do KL and accuracy, and can the two be told apart?"""
+    style, kl = one["accuracy_and_style"], one.get("accuracy_and_kl")
+    if style is None and kl is None:
+        return [f"On {benchmark} accuracy, style or both do not vary along SFT and recovery: nothing to relate."]
+    said = []
+    if style is not None:
+        said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints), on {benchmark}, accuracy and the share of "
+                    f"the teacher's style have the rank correlation {style:.2f}" + ("," if kl is not None else "."))
+    if kl is not None:
+        said.append(f"{'' if style is not None else f'On {benchmark} '}accuracy and the KL from the base model {kl:.2f}.")
+    both = one.get("style_and_kl")
+    if style is not None and kl is not None and both is not None:
+        if max(style, kl) < -0.5 and both > 0.5:
+            said.append(f"Style and KL go together too ({both:.2f}): along this path the two explanations predict the "
+                        "same, and it does not separate them.")
+        # the controls may: as far from base, and nothing lost
+        off = report["kl"]["off_model"][benchmark]
+        far = [name for name, of in report["kl"].items() if name.startswith("control") and benchmark in of
+               and of[benchmark]["mean"] >= 0.8 * off["mean"] and report["drops"][name][benchmark]["ci95"][0] <= 0]
+        if far:
+            said.append(f"But {', '.join(far)} moved at least 0.8 times as far without evidence of a loss: distance "
+                        "alone is not the cause.")
+    return said
+
+
+def _points(found: dict) -> str:
+    low, high = found["ci95"]
+    return f"{found['points']:.1f} points ({low:.1f} to {high:.1f})"
+
+
+def _gain(found: dict) -> str:
+    low, high = found["ci95"]
+    return f"{_points(found)} back" if low > 0 else f"no evidence of a gain ({_points(found)})"
+
+
+def _nats(found: dict) -> str:
+    low, high = found["ci95"]
+    return f"{found['mean']:.3f} nats ({low:.3f} to {high:.3f})"
+
+
+def _overlap(one: dict, other: dict) -> bool:
+    return one["ci95"][0] <= other["ci95"][1] and other["ci95"][0] <= one["ci95"][1]

@@ -1,0 +1,92 @@
+"""Several pairs beside one another: what SFT on each teacher's responses cost each student.
+
+    python -m analysis.matrix runs/matrix
+
+Gathers the reports of the cells that are there (folders with a report.json), wherever and whenever they were run, into
+matrix.md, matrix.json and matrix.png.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.figures import INK, new_figure
+from analysis.report import plain, table
+from base.errors import UserError, run_script
+from base.files import read_json, whole, write_json, write_text
+from base.options import Parser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_matrix(folder: Path) -> dict[str, dict]:
+    """The drop of every cell, {cell: {benchmark: points, ci95, p}}, written as matrix.json, matrix.md and matrix.png."""
+    reports = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/report.json"))}
+    if not reports:
+        raise UserError(f"{folder} has no cell that is done: no folder with a report.json")
+    drops = {cell: report["drop"] for cell, report in reports.items()}
+    benchmarks = list(dict.fromkeys(name for drop in drops.values() for name in drop))
+    body = []
+    for cell, report in reports.items():
+        body.append([report["student"], report["teacher"],
+                     *(_cell(report, benchmark) if benchmark in report["drop"] else "–" for benchmark in benchmarks)])
+    with whole(folder / "matrix.png") as part:
+        draw_matrix(reports, benchmarks).savefig(part, format="png")
+    write_text(folder / "matrix.md", "\n".join([
+        "# Off-model SFT: pairs of student and teacher", "",
+        "Points lost by SFT on the teacher's responses, with 95 % bootstrap intervals over problems; behind it base's "
+        "accuracy and the off-model student's, in %. An interval that covers 0 is no evidence of a loss.", "",
+        table(["student", "teacher", *benchmarks], body), "", "![drops](matrix.png)", "",
+        *(f"- [{plain(cell)}]({cell}/report.md)" for cell in reports), ""]))
+    write_json(folder / "matrix.json", drops)
+    return drops
+
+
+def _cell(report: dict, benchmark: str) -> str:
+    drop = report["drop"][benchmark]
+    base, off = (100 * report["checkpoints"][name][benchmark]["accuracy"] for name in ("base", "off_model"))
+    return f"{drop['points']:.1f} ({drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}); {base:.1f} → {off:.1f}"
+
+
+def draw_matrix(reports: dict[str, dict], benchmarks: list[str]) -> "Figure":
+    """Pairs × benchmarks, coloured by the size of the drop; bold where its interval is clear of 0."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    figure, (axes,) = new_figure(1, 1.0 + 0.45 * len(reports), width=2.2 + 1.3 * len(benchmarks))
+    points = [[report["drop"].get(name, {}).get("points", float("nan")) for name in benchmarks]
+              for report in reports.values()]
+    largest = max([5.0, *(abs(value) for row in points for value in row if value == value)])
+    shown = axes.imshow(points, cmap="RdBu_r", norm=TwoSlopeNorm(0, -largest, largest), aspect="auto")
+    for y, report in enumerate(reports.values()):
+        for x, name in enumerate(benchmarks):
+            if name in report["drop"]:
+                drop = report["drop"][name]
+                clear = drop["ci95"][0] > 0 or drop["ci95"][1] < 0
+                dark = abs(drop["points"]) > 0.6 * largest
+                axes.text(x, y, f"{drop['points']:.1f}", ha="center", va="center", fontsize=9,
+                          color="white" if dark else INK, fontweight="bold" if clear else "normal")
+    axes.set_xticks(range(len(benchmarks)), benchmarks)
+    axes.set_yticks(range(len(reports)), [f"{Path(report['student']).name} ← {Path(report['teacher']).name}"
+                                         for report in reports.values()], fontsize=8)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    figure.colorbar(shown, ax=axes, label="points lost")
+    return figure
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="that holds the cells")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Gather the cells of a matrix."""
+    folder = parse(argv).folder
+    print(f"{len(write_matrix(folder))} pairs: {folder / 'matrix.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
