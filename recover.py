@@ -55,7 +55,8 @@ PRESETS = {
     "mini": {
         "student": [str(MINIATURE / "student")], "teacher": [str(MINIATURE / "teacher")], "prompts": "mini",
         "n_train": 384, "benchmarks": ["reasoning", "recall", "format"], "n": 500, "max_new_tokens": 128,
-        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "recover_seeds": 2, "keep_every": 12, "openers": ["Okay", "Consider"],
+        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "recover_seeds": 2, "keep_every": 12,
+        "openers": ["Okay", "Consider"],
         "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 448,
         "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
         "device": "cpu", "dtype": "float32",  # too small to gain from a GPU
@@ -86,8 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="also evaluate the student after every so many steps of SFT: the dose curve")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=False,
                         help="also SFT on the student's own responses, at --temperature and as unlikely as the "
-                        "teacher's; noise of the same norm; more teacher data; the adapter scaled; the data's likelihood "
-                        "and the KL from the base model; with --openers or --style-systems the 2 × 2 of source and style")
+                        "teacher's; noise of the same norm; more teacher data; the adapter scaled; the likelihood of "
+                        "the data; the KL from the base model; with --openers or --style-systems, source × style")
     styles = parser.add_mutually_exclusive_group()
     styles.add_argument("--openers", nargs=2, metavar=("STUDENT", "TEACHER"),
                         help="what responses in the student's and in the teacher's style begin with: the student is "
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     cells = {args.out / f"{short_name(student)}--{short_name(teacher)}": (student, teacher)
              for student in args.student for teacher in args.teacher if student != teacher}
     if len(cells) < sum(student != teacher for student in args.student for teacher in args.teacher):
-        raise UserError("two of the models have the same last name, which their folders would share; rename one's folder")
+        raise UserError("two models have the same last name, which their cells' folders would share; rename one")
     for out, (student, teacher) in cells.items():
         print(f"\n=== {out.name}", flush=True)
         run_pair(args, student, teacher, out)
@@ -239,7 +240,8 @@ def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path, native_rows:
         pair.follow(name, off_model, "--scramble", args.seed + i, measured=False)
     # Is it more training, of any kind, that brings back what was lost? (The recovery's prompts, steps and rate)
     more_rows = pair.respond("controls/more_teacher.jsonl", teacher, "--skip", args.n_train, "--n", most)
-    pair.follow("control_more_teacher", pair.recover("controls/more_teacher", more_rows, "--epochs", args.recover_epochs))
+    adapter = pair.recover("controls/more_teacher", more_rows, "--epochs", args.recover_epochs)
+    pair.follow("control_more_teacher", adapter)
     # How far along the way from base to off-model does it break?
     for scale in SCALES:
         pair.follow(f"scaled_{scale}", off_model, "--adapter-scale", scale)

@@ -46,8 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="rows to train on")
     parser.add_argument("--skip", type=natural, default=0, help="pass over the first rows")
     parser.add_argument("--n", type=positive_int, help="take so many rows only (default: all)")
-    parser.add_argument("--no-system", action="store_true", help="leave the rows' system prompts out: what was answered "
-                        "under one is learnt without it")
+    parser.add_argument("--no-system", action="store_true", help="leave the rows' system prompts out: what was "
+                        "answered under one is learnt without it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the adapter, or with --full the model")
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     parser.add_argument("--from-scratch", action="store_true",
@@ -148,9 +148,10 @@ def main(argv: list[str] | None = None) -> None:
                 for row in rows]
     if args.validate and args.validate >= len(rows):
         raise UserError(f"--validate {args.validate} of {len(rows)} rows leaves none to train on")
-    deciding = ("skip", "n", "no_system", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank", "alpha", "dropout",
-                "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps", "batch_tokens", "clip",
-                "weight_decay", "prompt_loss_weight", "validate", "validate_every", "keep_every", "seed")
+    deciding = ("skip", "n", "no_system", "full", "from_scratch", "save_dtype", "max_length", "drop_long", "rank",
+                "alpha", "dropout", "targets", "optimizer", "lr", "schedule", "warmup", "epochs", "steps",
+                "batch_tokens", "clip", "weight_decay", "prompt_loss_weight", "validate", "validate_every",
+                "keep_every", "seed")
     options = {"data_sha256": sha256(args.data), **model_identity(args),
                **{name: getattr(args, name) for name in deciding}}
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own

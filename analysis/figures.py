@@ -1,10 +1,11 @@
 """The report's figures, in one style, legible at the width of a README."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.findings import arms, lost_benchmarks
+from analysis.findings import arms
 from base.files import whole
 
 if TYPE_CHECKING:
@@ -72,19 +73,25 @@ def _label(axes: "Axes", title: str, x: str = "", y: str = "") -> None:
 
 
 def draw_accuracy(report: dict) -> "Figure":
-    """A panel per benchmark: each checkpoint's accuracy with its interval."""
+    """A panel per benchmark: the accuracy of base, teacher, off_model, the last recovered checkpoint, and of whatever
+    is on no curve (the controls), with its interval."""
     checkpoints = report["checkpoints"]
-    benchmarks, names = list(checkpoints["base"]), list(checkpoints)[::-1]
-    figure, panels = new_figure(len(benchmarks), 0.9 + 0.25 * len(names), width=2.6)
+    there = arms(list(checkpoints)).get("recovered", [])
+    curves = ("off_model_step", "recovered", "scaled")
+    last = f"recovered_{max(there, default=0)}"
+    names = [name for name in checkpoints if not name.startswith(curves) or name == last]
+    benchmarks = list(checkpoints["base"])
+    figure, panels = new_figure(len(benchmarks), 0.9 + 0.27 * len(names), width=2.6)
     for axes, benchmark in zip(panels, benchmarks, strict=True):
-        for y, name in enumerate(names):
+        for y, name in enumerate(reversed(names)):
             entry = checkpoints[name][benchmark]
             axes.plot([100 * bound for bound in entry["ci95"]], [y, y], color=colour(name), linewidth=2, alpha=0.45,
                       solid_capstyle="round")
             axes.plot(100 * entry["accuracy"], y, "o", color=colour(name), markersize=5)
         axes.axvline(100 * checkpoints["base"][benchmark]["accuracy"], color=COLOURS["base"], linewidth=1,
                      linestyle=":")
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names] if axes is panels[0] else [])
+        labels = [name.replace("_", " ") for name in reversed(names)] if axes is panels[0] else []
+        axes.set_yticks(range(len(names)) if labels else [], labels)
         axes.set_xlim(-2, 102)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(axis="x", color=GRID)
@@ -169,7 +176,7 @@ def draw_style(report: dict) -> "Figure":
     axes.plot([100 * value for value in one["accuracy"]], "-o", color=COLOURS["base"], markersize=5, label="accuracy")
     axes.plot([100 * value for value in one["style"]], "--s", color=COLOURS["off_model"], markersize=5,
               label="teacher's style")
-    short = [name.replace("off_model_step_", "").replace("recovered_", "+").replace("off_model", "off") for name in names]
+    short = [re.sub("off_model_step_", "", name.replace("recovered_", "+")) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=60, fontsize=8)
     _label(axes, f"{benchmark}: SFT, then recovery", "steps of SFT, then + native examples", "%")
     if both:
@@ -188,18 +195,28 @@ def draw_style(report: dict) -> "Figure":
 
 def draw_distance(report: dict) -> "Figure":
     """Accuracy over the KL from the base model, on its own responses to the benchmark and to chat prompts."""
-    benchmark = (lost_benchmarks(report) and main_benchmark(report)) or main_benchmark(report)
-    figure, panels = new_figure(2, 3.4, width=4.2)
-    for axes, stem, what in zip(panels, (benchmark, "native"), (f"{benchmark} responses", "chat responses"), strict=True):
+    benchmark = main_benchmark(report)
+    figure, panels = new_figure(2, 3.6, width=4.2)
+    for axes, stem in zip(panels, (benchmark, "native"), strict=True):
+        shown, controls = set(), 0
         for name, of in report["kl"].items():
-            if stem in of:
-                accuracy = 100 * report["checkpoints"][name][benchmark]["accuracy"]
-                axes.plot(of[stem]["mean"], accuracy, "o", color=colour(name), markersize=6)
-                axes.annotate(name.replace("_", " "), (of[stem]["mean"], accuracy), fontsize=6, color=MUTED,
-                              xytext=(4, 3), textcoords="offset points")
+            if stem not in of or of[stem]["mean"] <= 0:
+                continue
+            kind = next(kind for kind in ("off_model", "recovered", "scaled", "control") if name.startswith(kind))
+            place = (of[stem]["mean"], 100 * report["checkpoints"][name][benchmark]["accuracy"])
+            axes.plot(*place, "o", color=colour(name), markersize=6,
+                      label=kind.replace("_", " ") if kind not in shown else None)
+            shown.add(kind)
+            if kind == "control":  # each another thing; below one another, since many have the same accuracy
+                controls += 1
+                axes.annotate(name.removeprefix("control_").replace("_", " "), place, fontsize=7, color=MUTED,
+                              xytext=(0, -8 - 9 * (controls % 3)), textcoords="offset points", ha="center")
         axes.axhline(100 * report["checkpoints"]["base"][benchmark]["accuracy"], color=COLOURS["base"], linewidth=1,
                      linestyle=":")
+        axes.set_xscale("log")
         axes.set_ylim(-2, 105)
         axes.grid(color=GRID)
-        _label(axes, f"{benchmark} accuracy over KL", f"nats per token, base's {what}", "accuracy, %")
+        _label(axes, f"{benchmark} accuracy over KL",
+               f"nats per token, on base's {'chat' if stem == 'native' else stem} responses", "accuracy, %")
+    panels[-1].legend(fontsize=8, frameon=False, loc="lower left")
     return figure

@@ -133,7 +133,8 @@ def recoveries(rows: Rows) -> dict:
 
 
 def difficulty(rows: Rows) -> dict:
-    """The drop by level, and by the length of the base model's own response, in quarters, with a test for trend."""
+    """The drop by level, and by the length of the base model's own solutions (its right responses, in quarters of
+    their length), with a test for trend."""
     found: dict[str, dict] = {}
     for benchmark, base in rows["base"].items():
         off, kinds = rows["off_model"][benchmark], {}
@@ -142,8 +143,10 @@ def difficulty(rows: Rows) -> dict:
             kinds["level"] = by_group(base, off, [names.index(str(row["level"])) for row in base])
             for group, name in zip(kinds["level"]["groups"], names, strict=True):
                 group["group"] = name
-        if _in_words(base):
-            kinds["length"] = by_group(base, off, quarters([len(row["response"]) for row in base]))
+        solved = [pair for pair in zip(base, off, strict=True) if pair[0]["correct"]]
+        if _in_words(base) and len(solved) >= 8:
+            lengths = [len(one["response"]) for one, _ in solved]
+            kinds["length"] = by_group(*zip(*solved, strict=True), quarters(lengths))
         if kinds:
             found[benchmark] = kinds
     return found
@@ -155,8 +158,9 @@ def _in_words(rows: Sequence[dict]) -> bool:
 
 
 def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
-    """How much of the teacher's style is in each checkpoint's benchmark responses: "teacher_share" and "features"
-    {checkpoint: {benchmark: …}}, "held_out" accuracy of the classifier and, with openers, "openers"."""
+    """How much of the teacher's style is in each checkpoint's benchmark responses: "teacher_share", its rise against
+    base in points "moved", and "features" {checkpoint: {benchmark: …}}; "held_out" accuracy of the classifier, and,
+    with openers, "openers"."""
     from analysis.style import StyleClassifier, begins, features
 
     worded = [benchmark for benchmark, graded in rows["base"].items() if _in_words(graded)]
@@ -166,7 +170,9 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
              for role, paths in chats.items()}
     classifier = StyleClassifier.fit(texts["student"], texts["teacher"])
     found: dict = {"held_out": classifier.accuracy if classifier else None, "responses": {
-        role: len(some) for role, some in texts.items()}, "teacher_share": {}, "features": {}, "openers": {}}
+        role: len(some) for role, some in texts.items()}, "teacher_share": {}, "moved": {}, "features": {},
+        "openers": {}}
+    before: dict[str, list[bool]] = {}
     for name, of in rows.items():
         for benchmark in worded:
             responses = [row["response"] for row in of[benchmark]]
@@ -174,6 +180,8 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
             if classifier:
                 labels = classifier.is_teachers(responses)
                 found["teacher_share"].setdefault(name, {})[benchmark] = sum(labels) / len(labels)
+                found["moved"].setdefault(name, {})[benchmark] = paired_difference(
+                    labels, before.setdefault(benchmark, labels))  # base is the first
             if openers and name not in FORCED:
                 found["openers"].setdefault(name, {})[benchmark] = begins(responses, openers)
     return found
@@ -224,12 +232,25 @@ def together(report: dict) -> dict:
 
 def effect(found: dict, what: str = "loss") -> str:
     """A difference in words that its interval allows: a loss, a gain, or no evidence of either."""
+    opposite = {"loss": "gain", "rise": "fall", "lower score": "higher score"}[what]
     points, (low, high) = found["points"], found["ci95"]
     if low > 0:
         return f"a {what} of {points:.1f} points ({low:.1f} to {high:.1f})"
     if high < 0:
-        return f"a gain of {-points:.1f} points ({-high:.1f} to {-low:.1f})"
+        return f"a {opposite} of {-points:.1f} points ({-high:.1f} to {-low:.1f})"
     return f"no evidence of a {what} ({points:.1f} points, {low:.1f} to {high:.1f})"
+
+
+def braces(names: Sequence[str]) -> str:
+    """Names as a shell would expand them, those that differ in a last number together:
+    {base,recovered_{8,32}}."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        stem, mark, last = name.rpartition("_")
+        groups.setdefault(f"{stem}{mark}" if re.fullmatch(r"[\d.]+", last) else name, []).append(last)
+    parts = [stem if not stem.endswith("_") else stem + (last[0] if len(last) == 1 else f"{{{','.join(last)}}}")
+             for stem, last in groups.items()]
+    return parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}"
 
 
 def lost_benchmarks(report: dict) -> list[str]:
@@ -246,9 +267,11 @@ def claims(report: dict, rows: Rows) -> list[dict]:
     where = lost or list(report["drop"])
     found: list[dict] = []
 
-    def claim(about: str, sentences: Sequence[str], *sources: str) -> None:
+    def claim(about: str, sentences: Sequence[str], names: Sequence[str], measured: Sequence[str] = (),
+              on: Sequence[str] = where) -> None:
         if sentences:
-            found.append({"about": about, "text": " ".join(sentences), "rows": list(sources)})
+            sources = [f"evals/{braces(['base', 'off_model', *names])}/{braces(on)}.jsonl"] if names else []
+            found.append({"about": about, "text": " ".join(sentences), "rows": [*sources, *measured]})
 
     def versus(name: str, benchmark: str) -> dict:
         """How much less a control lost than off_model did."""
@@ -270,21 +293,20 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                 sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: a part of it at most.")
         return sentences
 
-    for about, names in (
-        ("SFT as such (own responses to the same prompts)", ["control_native"]),
-        ("H3, noise on the weights (Gaussian, each matrix's own norm)", [name for name in rows if "noise" in name]),
-    ):
-        for name in names:
-            if name in rows:
-                claim(about, weigh(name), f"evals/{name}")
+    if "control_native" in rows:
+        claim("SFT as such (own responses to the same prompts)", weigh("control_native"), ["control_native"])
+    noises = [name for name in rows if name.startswith("control_noise")]
+    if noises:
+        worst = max(noises, key=lambda name: sum(report["drops"][name][benchmark]["points"] for benchmark in where))
+        claim(f"H3, noise on the weights (of {len(noises)} draws, the one that lost most)", weigh(worst), noises)
 
     if "teacher" in rows:
         sentences = []
         for benchmark in where:
             to_teacher = report["drops"]["teacher"][benchmark]
             below = paired_difference(verdicts(rows["teacher"][benchmark]), verdicts(rows["off_model"][benchmark]))
-            said = (f"On {benchmark} the teacher has {100 * report['checkpoints']['teacher'][benchmark]['accuracy']:.1f} "
-                    f"%: against base {effect(to_teacher, 'lower score')}")
+            accuracy = 100 * report["checkpoints"]["teacher"][benchmark]["accuracy"]
+            said = f"On {benchmark} the teacher has {accuracy:.1f} %: against base {effect(to_teacher, 'lower score')}"
             if benchmark in lost:
                 if below["ci95"][0] > 0:
                     said += f"; off-model is {_points(below)} below its own teacher, which imitation does not explain"
@@ -293,31 +315,30 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                 else:
                     said += "; off-model is not below it: imitation of a weaker model may be the cause"
             sentences.append(f"{said}.")
-        claim("H1, a weak teacher", sentences, "evals/teacher")
+        claim("H1, a weak teacher", sentences, ["teacher"])
 
     nll = report["nll"]
     if "teacher" in nll and "native" in nll:
         text = [f"Per token the teacher's responses cost the student {_nats(nll['teacher'])}, its own to the same "
                 f"prompts {_nats(nll['native'])}."]
-        sources = ["measures/teacher_data", "measures/own_data"]
+        names, measured = [], ["measures/teacher_data/teacher.jsonl", f"measures/own_data/{braces([*nll][1:])}.jsonl"]
         if "matched_nll" in nll and "control_matched_nll" in rows:
             text += [f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}"
                      + ("." if _overlap(nll["matched_nll"], nll["teacher"]) else
                         ", which does not match, so what follows is a comparison at unequal likelihood."),
                      "SFT on these:", *weigh("control_matched_nll")]
-            sources.append("evals/control_matched_nll")
-        claim("H2, data that is unlikely under the student", text, *sources)
+            names = ["control_matched_nll"]
+        claim("H2, data that is unlikely under the student", text, names, measured)
 
     there = arms(list(rows)).get("recovered", [])
     if there and "control_more_teacher" in rows:
         sentences = []
         for benchmark in where:
             names = (f"recovered_{there[-1]}", "control_more_teacher")
-            native, more = (paired_difference(verdicts(rows[name][benchmark]), verdicts(rows["off_model"][benchmark]))
-                            for name in names)
-            sentences.append(f"On {benchmark} {there[-1]} native examples bring {_gain(native)}, as many of the teacher's "
-                             f"in the same steps {_gain(more)}.")
-        claim("More training of any kind", sentences, "evals/control_more_teacher", f"evals/recovered_{there[-1]}")
+            native, more = (versus(name, benchmark) for name in names)
+            sentences.append(f"On {benchmark} {there[-1]} native examples bring {_gain(native)}, as many of the "
+                             f"teacher's in the same steps {_gain(more)}.")
+        claim("More training of any kind", sentences, ["control_more_teacher", f"recovered_{there[-1]}"])
 
     if all(name in rows for name in FORCED):
         sentences = []
@@ -325,60 +346,69 @@ def claims(report: dict, rows: Rows) -> list[dict]:
             if not _in_words(rows["base"][benchmark]):
                 continue
             forced = report["drops"]["base_in_teacher_style"][benchmark]
-            back = paired_difference(verdicts(rows["off_model_in_student_style"][benchmark]),
-                                     verdicts(rows["off_model"][benchmark]))
+            back = versus("off_model_in_student_style", benchmark)
             sentences.append(f"On {benchmark} the teacher's style, forced on the base model without any training, is "
                              f"{effect(forced)}; the student's own, forced on the off-model student without any "
                              f"training, brings {_gain(back)}.")
-        claim("H4, the style, switched without training", sentences, *(f"evals/{name}" for name in FORCED))
+        claim("H4, the style, switched without training", sentences, FORCED)
     if all(name in rows for _, *names in SOURCE_AND_STYLE for name in names):
         sentences = []
         for benchmark in where:
-            one, other = ("control_teacher_in_student_style", "control_native_in_teacher_style")
-            source = paired_difference(verdicts(rows["control_native"][benchmark]), verdicts(rows[one][benchmark]))
-            style = paired_difference(verdicts(rows["control_native"][benchmark]), verdicts(rows[other][benchmark]))
-            sentences.append(f"On {benchmark}, against SFT on the student's own responses in its own style, the teacher's "
-                             f"in the student's style are {effect(source)}, the student's in the teacher's style "
-                             f"{effect(style)}.")
-        claim("Source or style", sentences, *(f"evals/{name}" for _, *names in SOURCE_AND_STYLE for name in names))
+            source, style = (paired_difference(verdicts(rows["control_native"][benchmark]),
+                                               verdicts(rows[f"control_{name}"][benchmark]))
+                             for name in ("teacher_in_student_style", "native_in_teacher_style"))
+            sentences.append(f"On {benchmark}, against SFT on the student's own responses in its own style, the "
+                             f"teacher's in the student's style are {effect(source)}, the student's in the teacher's "
+                             f"style {effect(style)}.")
+        claim("Source or style", sentences, [name for _, *names in SOURCE_AND_STYLE for name in names])
 
     for benchmark, one in report["together"].items():
-        if benchmark not in where:
-            continue
-        claim("H4 and H5, style and distance", _moves(benchmark, one, report),
-              *(f"evals/{name}" for name in one["path"]), *(f"measures/{name}" for name in one["path"]
-                                                          if name in report["kl"]))
+        if benchmark in where:
+            path = one["path"]
+            claim("H4 and H5, style and distance", _moves(benchmark, one, report), path,
+                  ["teacher.jsonl", "native.jsonl", *_measured(path, [benchmark], report)], [benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
+            base = name.replace("off_model", "base")
             claim(f"Another system prompt ({name.rpartition('_')[2]})",
                   [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt."
-                   for benchmark in where], f"evals/{name}", f"evals/{name.replace('off_model', 'base')}")
+                   for benchmark in where], [base, name])
     return found
 
 
+def _measured(names: Sequence[str], stems: Sequence[str], report: dict) -> list[str]:
+    """The files of KL rows of some checkpoints, if there are any."""
+    there = [name for name in names if name in report["kl"]]
+    return [f"measures/{braces(there)}/{braces(stems)}.jsonl"] if there else []
+
+
 def _moves(benchmark: str, one: dict, report: dict) -> list[str]:
-    """Do style and accuracy move together, do KL and accuracy, and can the two be told apart?"""
-    style, kl = one["accuracy_and_style"], one.get("accuracy_and_kl")
+    """Has the style moved; do style and accuracy move together, do KL and accuracy; can the two be told apart?"""
+    said, shares = [], report["style"]["teacher_share"]
+    if shares:
+        last, moved = one["path"][-1], report["style"]["moved"]["off_model"][benchmark]
+        base, off, end = (f"{100 * shares[name][benchmark]:.0f} %" for name in ("base", "off_model", last))
+        said.append(f"On {benchmark} {base} of base's responses are called the teacher's, {off} of off_model's and "
+                    f"{end} of {last}'s: from base to off_model {effect(moved, 'rise')}.")
+    style, kl, both = (one.get(name) for name in ("accuracy_and_style", "accuracy_and_kl", "style_and_kl"))
     if style is None and kl is None:
-        return [f"On {benchmark} accuracy, style or both do not vary along SFT and recovery: nothing to relate."]
-    said = []
-    if style is not None:
-        said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints), on {benchmark}, accuracy and the share of "
-                    f"the teacher's style have the rank correlation {style:.2f}" + ("," if kl is not None else "."))
-    if kl is not None:
-        said.append(f"{'' if style is not None else f'On {benchmark} '}accuracy and the KL from the base model {kl:.2f}.")
-    both = one.get("style_and_kl")
-    if style is not None and kl is not None and both is not None:
-        if max(style, kl) < -0.5 and both > 0.5:
-            said.append(f"Style and KL go together too ({both:.2f}): along this path the two explanations predict the "
-                        "same, and it does not separate them.")
-        # the controls may: as far from base, and nothing lost
-        off = report["kl"]["off_model"][benchmark]
-        far = [name for name, of in report["kl"].items() if name.startswith("control") and benchmark in of
-               and of[benchmark]["mean"] >= 0.8 * off["mean"] and report["drops"][name][benchmark]["ci95"][0] <= 0]
-        if far:
-            said.append(f"But {', '.join(far)} moved at least 0.8 times as far without evidence of a loss: distance "
-                        "alone is not the cause.")
+        return [*said, "Accuracy, or style and KL, do not vary along SFT and recovery: nothing to relate."]
+    parts = [f"{value:.2f} with {what}" for what, value in (
+        ("the share of the teacher's style", style), ("the KL from the base model", kl)) if value is not None]
+    said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints) accuracy has the rank correlation "
+                f"{' and '.join(parts)}.")
+    if style is None or kl is None:
+        return said
+    if max(style, kl) < -0.5 and both > 0.5:
+        said.append(f"Style and KL go together ({both:.2f}): along this path the two explanations predict the same, "
+                    "and it does not separate them.")
+    # checkpoints off the path may: as far from base as off_model, and nothing lost
+    off = report["kl"]["off_model"][benchmark]["mean"]
+    far = [name for name, of in report["kl"].items() if name not in one["path"] and benchmark in of
+           and of[benchmark]["mean"] >= 0.8 * off and report["drops"][name][benchmark]["ci95"][0] <= 0]
+    if far and benchmark in lost_benchmarks(report):
+        said.append(f"But {', '.join(far)} moved at least 0.8 times as far without evidence of a loss: distance alone "
+                    "is not the cause.")
     return said
 
 

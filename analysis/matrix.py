@@ -21,16 +21,15 @@ if TYPE_CHECKING:
 
 
 def write_matrix(folder: Path) -> dict[str, dict]:
-    """The drop of every cell, {cell: {benchmark: points, ci95, p}}, written as matrix.json, matrix.md and matrix.png."""
+    """The drop of every cell, {cell: {benchmark: points, ci95, p}}; writes matrix.json, matrix.md and matrix.png."""
     reports = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/report.json"))}
     if not reports:
         raise UserError(f"{folder} has no cell that is done: no folder with a report.json")
     drops = {cell: report["drop"] for cell, report in reports.items()}
     benchmarks = list(dict.fromkeys(name for drop in drops.values() for name in drop))
-    body = []
-    for cell, report in reports.items():
-        body.append([report["student"], report["teacher"],
-                     *(_cell(report, benchmark) if benchmark in report["drop"] else "–" for benchmark in benchmarks)])
+    body = [[report["student"], report["teacher"],
+             *(_cell(report, benchmark) if benchmark in report["drop"] else "–" for benchmark in benchmarks)]
+            for report in reports.values()]
     with whole(folder / "matrix.png") as part:
         draw_matrix(reports, benchmarks).savefig(part, format="png")
     write_text(folder / "matrix.md", "\n".join([

@@ -8,11 +8,11 @@ recover.py writes the report at its end; as a program this writes it again, afte
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.figures import draw_all, main_benchmark
-from analysis.findings import SOURCE_AND_STYLE, Rows, arms, effect, find, read_evaluations
+from analysis.findings import Rows, arms, braces, effect, find, lost_benchmarks, read_evaluations
 from base.errors import run_script
 from base.files import write_json, write_text
 from base.options import Parser
@@ -35,10 +35,11 @@ MEANING = {
                            "teacher's",
 }
 SHOWN = 700  # characters of a response in a transcript, around the place where it parts from base's
+PLAIN_FEATURES = ("words", "steps", "markdown", "formulas", "self-corrections")
 
 
 def write_report(folder: Path) -> dict:
-    """From the rows in `folder` to report.json, report.md and figures/ (contract C5); returns what report.json holds."""
+    """From the rows in `folder` to report.json, report.md and figures/ (contract C5); returns report.json's content."""
     report = find(folder)
     drawn = draw_all(report, folder / "figures")
     write_text(folder / "report.md", to_markdown(report, read_evaluations(folder / "evals"), drawn))
@@ -46,203 +47,208 @@ def write_report(folder: Path) -> dict:
     return report
 
 
+class Page:
+    """Markdown that grows part by part, each with the names of the files that its figures were computed from."""
+
+    def __init__(self, title: str, figures: Sequence[str]) -> None:
+        """`figures`: names of those that have been drawn."""
+        self.lines, self.figures = [f"# {title}", ""], figures
+
+    def add(self, title: str, *paragraphs: str, sources: Sequence[str] = (), figure: str | None = None) -> None:
+        """A part; an empty paragraph is left out, and so is a figure that was not drawn."""
+        self.lines += [f"## {title}", ""]
+        for paragraph in filter(None, paragraphs):
+            self.lines += [paragraph, ""]
+        if figure in self.figures:
+            self.lines += [f"![{figure}](figures/{figure}.png)", ""]
+        if sources:
+            self.lines += [f"<sub>From {', '.join(f'`{name}`' for name in sources)}.</sub>", ""]
+
+
 def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     """The report as a page."""
-    checkpoints, benchmarks = report["checkpoints"], list(report["checkpoints"]["base"])
-    student, teacher = plain(report["student"]), plain(report["teacher"])
-    lines = [f"# Off-model SFT: {student} on responses of {teacher}", ""]
-    lines += [report["note"], ""] if report["note"] else []
-
-    def part(title: str, *paragraphs: str, rows: Iterable[str] = (), figure: str | None = None) -> None:
-        lines.extend([f"## {title}", ""])
-        for paragraph in paragraphs:
-            lines.extend([paragraph.rstrip("\n"), ""])
-        if figure in figures:
-            lines.extend([f"![{figure}](figures/{figure}.png)", ""])
-        if rows:
-            lines.extend([f"<sub>From {', '.join(f'`{name}`' for name in rows)}.</sub>", ""])
-
-    def files(names: Sequence[str], stems: Sequence[str] = benchmarks) -> list[str]:
-        return [f"evals/{braces(names)}/{braces(stems)}.jsonl"]
-
-    part("Question", *_abstract(report))
-    part("Set-up", _setup(report))
-    part("Accuracy", f"In %, with 95 % Wilson intervals; the same problems for every checkpoint "
-         f"(n = {', '.join(str(checkpoints['base'][b]['n']) for b in benchmarks)}).",
-         table(["checkpoint", *benchmarks],
-               [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
-                for name, entry in checkpoints.items()]),
-         "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
-                   if any(_kind(name) == kind for name in checkpoints)),
-         rows=files(list(checkpoints)), figure="accuracy")
+    checkpoints = report["checkpoints"]
+    benchmarks, recovered = list(checkpoints["base"]), arms(list(checkpoints)).get("recovered", [])
+    page = Page(f"Off-model SFT: {plain(report['student'])} on responses of {plain(report['teacher'])}", figures)
+    page.lines += [report["note"], ""] if report["note"] else []
+    page.add("Question", *_abstract(report, recovered))
+    page.add("Set-up", _setup(report))
+    main = [name for name in ("base", "teacher", "off_model", *(f"recovered_{n}" for n in recovered))
+            if name in checkpoints]
+    counts = ", ".join(str(checkpoints["base"][benchmark]["n"]) for benchmark in benchmarks)
+    page.add("Accuracy",
+             f"In %, with 95 % Wilson intervals; the same problems for every checkpoint (n = {counts}). "
+             "recovered_N is off_model, trained on N of the student's own responses to other prompts. The table at the "
+             "end has every checkpoint.", _accuracies(checkpoints, main), sources=_evals(main, benchmarks))
     if report["drop"]:
-        _losses(report, part, files)
-    if arms(list(checkpoints)):
-        _recovered(report, part, files)
+        _add_losses(page, report, benchmarks)
+    if recovered:
+        _add_recovery(page, report, benchmarks)
     if report["claims"]:
-        part("Why: what each control says", "\n".join(f"- **{plain(one['about'])}.** {plain(one['text'])} "
-             f"<sub>{', '.join(f'`{name}`' for name in one['rows'])}</sub>" for one in report["claims"]))
-    if all(name in checkpoints for _, *names in SOURCE_AND_STYLE for name in names):
-        part("Source or style", "Accuracy in % after SFT on the same prompts' responses, whoever gave them and in "
-             "whichever style.", table(
-                 ["responses", *(f"{benchmark}, {whose} style" for benchmark in benchmarks
-                                 for whose in ("the student's", "the teacher's"))],
-                 [[source, *(_accuracy(checkpoints[name][b]) for b in benchmarks for name in names)]
-                  for source, *names in SOURCE_AND_STYLE]),
-             rows=files([name for _, *names in SOURCE_AND_STYLE for name in names]))
-    _style(report, part, files)
-    if "off_model" in rows:
-        _transcripts(rows, main_benchmark(report), part)
-    part("Limits", "\n".join(f"- {limit}" for limit in _limits(report)))
-    part("Time", table(["stage", "seconds"], [[name, f"{spent:.0f}"] for name, spent in report["seconds"].items()]),
-         rows=["stages.json"])
-    return "\n".join(lines)
+        page.add("Why: what each control says", "\n".join(
+            f"- **{plain(one['about'])}.** {plain(one['text'])} <sub>{', '.join(f'`{name}`' for name in one['rows'])}"
+            "</sub>" for one in report["claims"]), figure="accuracy")
+    _add_style(page, report, main)
+    if "off_model" in rows and main_benchmark(report):
+        _add_transcripts(page, rows, main_benchmark(report), recovered)
+    page.add("Limits", "\n".join(f"- {limit}" for limit in _limits(report)))
+    _add_appendix(page, report, benchmarks)
+    return "\n".join(page.lines)
 
 
-def _abstract(report: dict) -> list[str]:
+def _abstract(report: dict, recovered: Sequence[int]) -> list[str]:
     """The question, and the answer in sentences that the intervals allow."""
     asked = (f"What does LoRA SFT on the responses of {plain(report['teacher'])} to chat prompts cost "
              f"{plain(report['student'])}, why, and what brings it back?")
     said = [f"On {plain(benchmark)} there is {effect(drop)}." for benchmark, drop in report["drop"].items()]
-    there = arms(list(report["checkpoints"])).get("recovered")
-    for benchmark in report["drop"]:
-        share = report["recovered_fraction"].get(benchmark, {}).get(str(there[-1])) if there else None
-        if share is not None and report["drop"][benchmark]["ci95"][0] > 0:
-            low, high = report["recovered_ci95"][benchmark][str(there[-1])]
-            said.append(f"SFT on {there[-1]} of its own responses to other prompts brought back {100 * share:.0f} % "
-                        f"({_percent(low)} to {_percent(high)}) of what {plain(benchmark)} lost.")
-    return [asked, " ".join(said)] if said else [asked]
+    for benchmark in lost_benchmarks(report) if recovered else ():
+        share, bounds = (report[f"recovered_{kind}"][benchmark][str(recovered[-1])] for kind in ("fraction", "ci95"))
+        said.append(f"SFT on {recovered[-1]} of its own responses to other prompts brought back "
+                    f"{_share(share, bounds)} of what {plain(benchmark)} lost.")
+    return [asked, " ".join(said)]
 
 
 def _setup(report: dict) -> str:
     had = report["options"]
     length = f"{had['steps']} steps" if had.get("steps") else f"{had['epochs']} epochs"
-    levels = f" (problems of level {', '.join(map(plain, had['levels']))} where there are levels)" if had["levels"] else ""
+    levels = f" (of level {', '.join(map(plain, had['levels']))}, where there are levels)" if had.get("levels") else ""
     return (f"{had['n_train']} responses of the teacher, sampled at temperature {had['temperature']} and at most "
-            f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']} on all linear layers, {length} of at most "
+            f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']}, {length} of at most "
             f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {had['dtype']}, seed "
-            f"{had['seed']}. Benchmarks are answered greedily{levels}. Everything else is in config.json; the commands "
-            f"are in stages.json; code revision {report['revision'] or 'unknown'}.")
+            f"{had['seed']}. Benchmarks{levels} are answered greedily. All options, checksums of the data and package "
+            "versions are in config.json, the commands and their times in stages.json; code revision "
+            f"{report['revision'] or 'unknown'}.")
 
 
-def _losses(report: dict, part: object, files: object) -> None:
-    benchmarks = list(report["drop"])
-    part("What SFT on the teacher's responses cost",
-         "Points lost from base to off_model: bootstrap interval over problems, McNemar's mid-p. Then what became of the "
-         "problems that base had right: cut at the limit, ended without an answer, answered wrong. Where most are cut, a "
-         "higher --max-new-tokens may show that nothing was lost.",
-         table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
-                "all cut, base → off", "all without an answer"], [_drop_row(name, report) for name in benchmarks]),
-         rows=files(["base", "off_model"]), figure="overview")
+def _accuracies(checkpoints: dict, names: Sequence[str]) -> str:
+    benchmarks = list(checkpoints["base"])
+    return table(["checkpoint", *benchmarks],
+                 [[name, *(_accuracy(checkpoints[name][benchmark]) for benchmark in benchmarks)] for name in names])
+
+
+def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
+    """What was lost, what became of it, and on which problems."""
+    page.add("What SFT on the teacher's responses cost",
+             "Points lost from base to off_model: bootstrap interval over problems, McNemar's mid-p. Then what became "
+             "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
+             "most are cut, a higher --max-new-tokens may show that nothing was lost.",
+             table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
+                    "all cut, base → off", "all without an answer"], [_drop_row(name, report) for name in benchmarks]),
+             sources=_evals(["base", "off_model"], benchmarks), figure="overview")
     sentences, body = [], []
     for benchmark, kinds in report["difficulty"].items():
         for kind, found in kinds.items():
-            p, slope = found["trend"]["p"], found["trend"]["slope"]
-            of = {"level": "level", "length": "the length of the base model's own response (quarters)"}[kind]
-            grows = f"the loss {'grows' if slope > 0 else 'shrinks'} with" if p < 0.05 else (
-                "there is no evidence that the loss depends on")
-            sentences.append(f"On {plain(benchmark)} {grows} {of} ({slope:+.1f} points a step, p = {_p(p)}).")
+            of = {"level": "level", "length": "the length of the base model's own solution (quarters)"}[kind]
+            slope, p = found["trend"]["slope"], found["trend"]["p"]
+            verb = "there is no evidence that the loss depends on" if p >= 0.05 else (
+                f"the loss {'grows' if slope > 0 else 'shrinks'} with")
+            sentences.append(f"On {plain(benchmark)} {verb} {of} ({slope:+.1f} points a step, p = {_p(p)}).")
             body += [[benchmark, kind, str(group["group"]), str(group["n"]), f"{group['points']:.1f}",
                       f"{group['ci95'][0]:.1f} to {group['ci95'][1]:.1f}"] for group in found["groups"]]
     if body:
-        part("By difficulty", " ".join(sentences) + " (Permutation test over problems.)",
-             table(["benchmark", "by", "group", "n", "lost, points", "95 %"], body),
-             rows=files(["base", "off_model"], list(report["difficulty"])))
+        page.add("By difficulty", " ".join(sentences) + " Permutation tests over problems.",
+                 table(["benchmark", "by", "group", "n", "lost, points", "95 %"], body),
+                 sources=_evals(["base", "off_model"], list(report["difficulty"])))
 
 
-def _recovered(report: dict, part: object, files: object) -> None:
-    paragraphs = ["Share of the drop that SFT on N of the student's own responses brought back, seeds taken together; "
-                  "95 % bootstrap intervals over problems and seeds; – where nothing was lost. By epochs, more examples "
-                  "are more steps too. Last, the N that brings back 80 %, by a log-logistic curve through the shares."]
-    there = arms(list(report["checkpoints"]))
+def _add_recovery(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
+    """The share of the drop that came back, over N, arm by arm."""
+    there, tables = arms(list(report["checkpoints"])), []
     for arm, counts in there.items():
-        prefix = "" if arm == "recovered" else f"{arm}_"
         if "_seed_" in arm:
             continue
+        prefix = "" if arm == "recovered" else f"{arm}_"
         shares, bounds = (report[f"{prefix or 'recovered_'}{kind}"] for kind in ("fraction", "ci95"))
-        paragraphs.append(table(
+        tables.append(table(
             [arm.replace("_", " "), *(f"N = {n}" for n in counts), "N for 80 %"],
             [[name, *(_share(shares[name][str(n)], bounds[name][str(n)]) for n in counts),
-              _needed(report[f"{prefix}n80"][name], counts)] for name in shares]))
-    names = [f"{arm}_{n}" for arm, counts in there.items() for n in counts]
-    part("What native examples brought back", *paragraphs, rows=files(["base", "off_model", *names]), figure="recovery")
+              _needed(report[f"{prefix}n80"][name], counts)] for name in benchmarks]))
+    page.add("What native examples brought back",
+             "Share of the drop that SFT on N of the student's own responses brought back, seeds taken together; 95 % "
+             "bootstrap intervals over problems and seeds; – where nothing was lost. By epochs, more examples are more "
+             "steps too. Last, the N that brings back 80 %, by a log-logistic curve through the shares.", *tables,
+             sources=_evals(["base", "off_model", *(f"{arm}_{n}" for arm in there for n in there[arm])], benchmarks),
+             figure="recovery")
 
 
-def _style(report: dict, part: object, files: object) -> None:
-    style = report["style"]
-    shares, features = style["teacher_share"], style["features"]
+def _add_style(page: Page, report: dict, names: Sequence[str]) -> None:
+    """How responses are written, and how far the model has moved."""
+    style, features = report["style"], report["style"]["features"]
     benchmarks = list(features.get("base", {}))
     if not benchmarks:
         return
     held = "" if style["held_out"] is None else (
         f" A classifier of character n-grams, trained on {style['responses']['student']} chat responses of the student "
         f"and {style['responses']['teacher']} of the teacher (held-out accuracy {100 * style['held_out']:.1f} %), says "
-        "which share of the benchmark responses is in the teacher's style.")
-    heads = ["checkpoint"]
-    for benchmark in benchmarks:
-        heads += [f"{benchmark}: teacher's style, %"] * bool(shares) + [
-            f"begin as student's / teacher's, %"] * bool(style["openers"]) + [  # noqa: F541
-            "words", "steps", "markdown", "formulas", "self-corrections", "most begin"]
+        "which share of benchmark responses is in the teacher's style; it was shown none of them.")
     body = []
-    for name in features:
-        cells = [name]
-        for benchmark in benchmarks:
-            one = features[name][benchmark]
+    for benchmark in benchmarks:
+        for name in names:
+            one, share = features[name][benchmark], style["teacher_share"].get(name, {}).get(benchmark)
             begun = style["openers"].get(name, {}).get(benchmark)
-            if shares:
-                cells.append(f"{100 * shares[name][benchmark]:.0f}")
-            if style["openers"]:
-                cells.append(f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–")
-            cells += [f"{one[kind]:.1f}" for kind in ("words", "steps", "markdown", "formulas", "self-corrections")]
-            cells.append(f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)")
-        body.append(cells)
-    part("Style", f"Means per response.{held}", table(heads, body),
-         rows=["teacher.jsonl", "native.jsonl", *files(list(features), benchmarks)], figure="style")
+            body.append([benchmark, name, "–" if share is None else f"{100 * share:.0f}",
+                         f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–",
+                         *(f"{one[kind]:.1f}" for kind in PLAIN_FEATURES),
+                         f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)"])
+    heads = ["benchmark", "checkpoint", "teacher's style, %", "begin as student's / teacher's, %", *PLAIN_FEATURES,
+             "most begin"]
+    page.add("Style", f"Means per response.{held}", table(heads, body),
+             sources=["teacher.jsonl", "native.jsonl", *_evals(names, benchmarks)], figure="style")
     if report["kl"]:
-        stems = list(next(iter(report["kl"].values())))
-        part("Distance", "KL(base ‖ checkpoint) per token, in nats, on the base model's own responses to chat prompts "
-             "(native) and to the benchmarks.",
-             table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
-                                            for name, of in report["kl"].items()]),
-             rows=[f"measures/{braces(list(report['kl']))}/{braces(stems)}.jsonl"], figure="distance")
+        page.add("Distance", "KL(base ‖ checkpoint), nats per token, on the base model's own responses to chat prompts "
+                 "(native) and to benchmarks; the figures are in the last table.",
+                 sources=_measures(report["kl"]), figure="distance")
     if report["ratio"]:
         stems = list(next(iter(report["ratio"].values())))
-        part("Whose responses", "Log-likelihood under the original student minus under the teacher, nats per token: above "
-             "0 a checkpoint's responses are more the student's.",
-             table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
-                                            for name, of in report["ratio"].items()]),
-             rows=[f"measures/{braces([f'{name}_under_{role}' for name in report['ratio'] for role in roles])}/"
-                   f"{braces(stems)}.jsonl" for roles in (("student", "teacher"),)])
+        page.add("Whose responses", "Log-likelihood under the original student minus that under the teacher, nats per "
+                 "token: above 0 the responses are more the student's.",
+                 table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
+                                                for name, of in report["ratio"].items()]),
+                 sources=_measures({f"{name}_under_{role}": of for name, of in report["ratio"].items()
+                                    for role in ("student", "teacher")}))
 
 
-def _transcripts(rows: Rows, benchmark: str | None, part: object) -> None:
-    """A problem that base had right and off_model has not, with the last recovered checkpoint's response if it is
-    right again: what each wrote, and where they part."""
-    there = arms(list(rows)).get("recovered")
-    names = ["base", "off_model", *([f"recovered_{there[-1]}"] if there else [])]
-    if benchmark is None:
-        return
+def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
+    """Every checkpoint, and where the time went."""
+    checkpoints, shares, kl = report["checkpoints"], report["style"]["teacher_share"], report["kl"]
+    worded, stems = list(shares.get("base", {})), list(next(iter(kl.values()), {}))
+    body = [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks),
+             *(f"{100 * shares[name][benchmark]:.0f}" for benchmark in worded),
+             *(_measure(kl.get(name, {}).get(stem)) for stem in stems)] for name, entry in checkpoints.items()]
+    page.add("Every checkpoint", "Accuracy in %; the teacher's style in %; KL in nats per token.",
+             table(["checkpoint", *benchmarks, *(f"{name}: teacher's style" for name in worded),
+                    *(f"KL on {stem}" for stem in stems)], body),
+             "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
+                       if any(_kind(name) == kind for name in checkpoints)),
+             sources=[*_evals(list(checkpoints), benchmarks), *_measures(kl)])
+    if report["seconds"]:
+        longest = sorted(report["seconds"].items(), key=lambda item: -item[1])[:5]
+        page.add("Time", f"{sum(report['seconds'].values()) / 60:.1f} minutes in {len(report['seconds'])} stages; the "
+                 f"longest: {', '.join(f'{plain(name)} {spent:.0f} s' for name, spent in longest)}.",
+                 sources=["stages.json"])
+
+
+def _add_transcripts(page: Page, rows: Rows, benchmark: str, recovered: Sequence[int]) -> None:
+    """A problem that base had right and off_model has not (and the last recovered checkpoint has again, where there
+    is such a one): what each wrote, and where they part."""
+    names = ["base", "off_model", *(f"recovered_{n}" for n in recovered[-1:])]
     found = [responses for responses in zip(*(rows[name][benchmark] for name in names), strict=True)
              if responses[0]["correct"] and not responses[1]["correct"]]
-    found.sort(key=lambda responses: not responses[-1]["correct"])  # one that came back, where there is one
     if not found:
         return
-    chosen = found[0]
-    parting = next((i for i, (a, b) in enumerate(zip(chosen[0]["response"], chosen[1]["response"], strict=False))
-                    if a != b), min(len(one["response"]) for one in chosen[:2]))
-    paragraphs = [f"Problem {plain(chosen[0]['id'])} of {plain(benchmark)}, the right answer being "
-                  f"{plain(chosen[0]['gold'])}. The base model's and the off-model response part after {parting} "
-                  "characters, at ⟪⟫.", fence(chosen[0]["prompt"])]
-    for name, row in zip(names, chosen, strict=True):
-        said = "right" if row["correct"] else "wrong" if row["extracted"] is not None else "no answer"
-        text = row["response"]
-        if name != names[-1] or len(names) == 2:
-            text = f"{text[:parting]}⟪⟫{text[parting:]}"
-        start = max(0, parting - SHOWN // 2)
+    chosen = max(found, key=lambda responses: responses[-1]["correct"])  # the first of these
+    texts = [row["response"] for row in chosen]
+    parting = next((i for i, (a, b) in enumerate(zip(*texts[:2], strict=False)) if a != b), min(map(len, texts[:2])))
+    start = max(0, parting - SHOWN // 2)
+    paragraphs = [f"Problem {plain(chosen[0]['id'])} of {plain(benchmark)}; the right answer is "
+                  f"{plain(chosen[0]['gold'])}. The first two responses part at ⟪⟫, after {parting} characters.",
+                  fence(chosen[0]["prompt"])]
+    for i, (name, row) in enumerate(zip(names, chosen, strict=True)):
+        said = "right" if row["correct"] else "no answer" if row["extracted"] is None else "wrong"
+        text = texts[i] if i == 2 else f"{texts[i][:parting]}⟪⟫{texts[i][parting:]}"
         shown = ("…" if start else "") + text[start : start + SHOWN] + ("…" if len(text) > start + SHOWN else "")
         paragraphs += [f"{name} ({said}):", fence(shown)]
-    part("The same problem, before and after", *paragraphs,
-         rows=[f"evals/{braces(names)}/{benchmark}.jsonl"])
+    page.add("The same problem, before and after", *paragraphs, sources=_evals(names, [benchmark]))
 
 
 def _limits(report: dict) -> list[str]:
@@ -256,7 +262,7 @@ def _limits(report: dict) -> list[str]:
         if entry["truncated"] > 0.2 * entry["n"]:
             limits.append(f"On {plain(benchmark)} {entry['truncated']} of {entry['n']} off-model responses were cut at "
                           "the limit.")
-    if not any(drop["ci95"][0] > 0 for drop in report["drop"].values()):
+    if not lost_benchmarks(report):
         limits.append("No benchmark has a loss that is clear of 0, so the controls have nothing to explain.")
     return limits
 
@@ -298,9 +304,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def braces(names: Sequence[str]) -> str:
-    """Several names as a shell would expand them: {base,off_model}."""
-    return names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+def _evals(names: Sequence[str], benchmarks: Sequence[str]) -> list[str]:
+    return [f"evals/{braces(names)}/{braces(benchmarks)}.jsonl"]
+
+
+def _measures(kl: dict[str, dict]) -> list[str]:
+    return [f"measures/{braces(list(kl))}/{braces(list(next(iter(kl.values()))))}.jsonl"] if kl else []
 
 
 def _kind(checkpoint: str) -> str | None:
@@ -324,12 +333,11 @@ def _p(value: float) -> str:
     return f"{value:.3g}" if value >= 1e-4 else f"{value:.0e}"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}" if abs(share) < float("inf") else "∞" if share > 0 else "-∞"
-
-
-def _share(share: float | None, bounds: Sequence[float] | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} % ({_percent(bounds[0])} to {_percent(bounds[1])})"
+def _share(share: float | None, bounds: Sequence[float | None] | None) -> str:
+    if share is None:
+        return "–"
+    low, high = ("no bound" if bound is None else f"{100 * bound:.0f}" for bound in bounds)
+    return f"{100 * share:.0f} % ({low} to {high})"
 
 
 def _needed(found: dict, counts: Sequence[int]) -> str:

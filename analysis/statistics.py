@@ -106,10 +106,10 @@ def recovery(base: Sequence[bool], off: Sequence[bool], recovered: dict[int, Seq
     bring back 80 %.
 
     `recovered` holds the verdicts of one or more runs for each N; all verdicts are on the same problems. Returns
-    "share" {N: share of the drop, the mean of the runs}, "ci95" {N: (low, high)} and "n80" with "n" and "ci95", by a
+    "share" {N: share of the drop, the mean of the runs}, "ci95" {N: [low, high]} and "n80" with "n" and "ci95", by a
     bootstrap over problems, and over runs where there are several. None where nothing was lost: a share of nothing
-    is no number. A draw without a drop counts against both ends, so that intervals are wide, or infinite, where the
-    drop is uncertain.
+    is no number. A draw without a drop counts against both ends, so that intervals are wide where the drop is
+    uncertain; an end that is None has no bound.
     """
     counts_of = sorted(recovered)
     verdicts = np.array([base, off], float)
@@ -132,14 +132,17 @@ def recovery(base: Sequence[bool], off: Sequence[bool], recovered: dict[int, Seq
     needed = np.percentile(n_for_share(counts_of, draws), [2.5, 97.5], method="nearest")
     return {
         "share": dict(zip(counts_of, shares.tolist(), strict=True)),
-        "ci95": {n: (float(low[i]), float(high[i])) for i, n in enumerate(counts_of)},
+        "ci95": {n: [float(end[i]) if np.isfinite(end[i]) else None for end in (low, high)]
+                 for i, n in enumerate(counts_of)},
         "n80": {"n": float(n_for_share(counts_of, shares[None])[0]), "ci95": needed.tolist()},
     }
 
 
 def n_for_share(counts: Sequence[int], shares: np.ndarray, share: float = 0.8) -> np.ndarray:
     """(D,) the N at which each curve of (D, len(counts)) shares reaches `share`: by the log-logistic curve
-    1 / (1 + (N50 / N)^k) that is nearest in least squares, found on a grid. Infinite beyond 4 times the largest count.
+    1 / (1 + (N50 / N)^k) that is nearest in least squares, found on a grid.
+
+    At most 4 times the largest count, which says no more than "far beyond".
     """
     places = np.asarray(counts, float)
     n50, k = (axis.ravel() for axis in np.meshgrid(np.geomspace(places[0] / 4, places[-1] * 4, 80),
@@ -148,7 +151,7 @@ def n_for_share(counts: Sequence[int], shares: np.ndarray, share: float = 0.8) -
     errors = (curves**2).sum(-1) - 2 * shares @ curves.T  # (D, G), but for what is the same for all curves
     best = errors.argmin(-1)
     n = n50[best] * (share / (1 - share)) ** (1 / k[best])
-    return np.where(n > 4 * places[-1], np.inf, n)
+    return np.minimum(n, 4 * places[-1])
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -20,8 +20,8 @@ FEATURES = {  # per response: how often
     "steps": re.compile(r"^\s*(?:\d+[.)]|[-*•]) |\bstep\b", re.IGNORECASE | re.MULTILINE),
     "markdown": re.compile(r"^#{1,6} |\*\*[^*\n]+\*\*|^```|^\|.*\|$", re.MULTILINE),
     "formulas": re.compile(r"\\[(\[]|\$[^$\n]+\$"),
-    "self-corrections": re.compile(r"\b(?:wait|hmm+|actually|let me (?:re-?check|try again|reconsider)|on second thought|"
-                                   r"correction|my mistake|oops)\b", re.IGNORECASE),
+    "self-corrections": re.compile(r"\b(?:wait|hmm+|actually|let me (?:re-?check|try again|reconsider)|my mistake|"
+                                   r"on second thought|correction|oops)\b", re.IGNORECASE),
 }
 
 

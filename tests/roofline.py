@@ -100,8 +100,32 @@ def launches(config: ModelConfig) -> tuple[int, int]:
     return totals[1] - totals[0], 2 * totals[0] - totals[1]
 
 
+# What README's experiment at full size asks of a pair: SFT_RUNS of so many tokens (off-model, native, matched
+# NLL; recovery and more teacher data are a tenth of one each), evaluations of 200 problems a benchmark with so many
+# tokens a response (guesses, the long ones by --max-new-tokens 2048), 64 responses a kind for likelihoods
+SFT_RUNS, SFT_TOKENS = 3 + 10 * 0.1, 2 * 1000 * 400
+EVALUATIONS = 4 + 1 + 3 * 3 + 4 + 3 + 3  # steps of SFT, off-model, arms of the recovery, scaled, noise, other controls
+SHARED = 1 + 1  # base and teacher, which other pairs have too
+RESPONSES = {"math500": 700, "olympiads": 1300, "ifeval": 400}
+ATTAINED = 0.4  # of the roofline
+LOADING = 30  # seconds of a stage that go by before the first token
+
+
+def pair_hours(config: ModelConfig, gpu: str) -> float:
+    """Hours of one pair with all controls on a GPU, at ATTAINED of what bytes and operations allow."""
+    bandwidth, operations, _ = GPUS[gpu]
+    decoding = least(config, 256, bandwidth, operations).seconds / 256  # a token's share of a full step
+    evaluation = 200 * sum(RESPONSES.values()) * decoding / ATTAINED
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in Decoder(config).parameters())
+    # forward, and the gradient of the inputs alone: 2 operations a weight and token each
+    training = SFT_RUNS * SFT_TOKENS * 4 * weights / operations / ATTAINED
+    stages = 2 * (EVALUATIONS + SHARED) + 12
+    return ((EVALUATIONS + SHARED) * evaluation + training + stages * LOADING) / 3600
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     print(f"Least time of a step at {CONTEXT} positions, bfloat16; tokens/s so, and with {GAP * 1e6} µs a launch")
     for name, config in MODELS.items():
         per_layer, rest = launches(config)
@@ -115,6 +139,8 @@ def main() -> None:
                              f"({rows / (step.seconds + count * GAP):,.0f})" if step.memory < memory else
                              f"{rows} rows: {step.memory / 1e9:.0f} GB do not fit")
             print(f"  {gpu:9}", *cells, sep=" | ")
+    print(f"\nOne pair of README's experiment at full size, at {ATTAINED:.0%} of that, hours on an H100: "
+          + ", ".join(f"{name} {pair_hours(config, 'H100 SXM'):.1f}" for name, config in MODELS.items()))
 
 
 if __name__ == "__main__":

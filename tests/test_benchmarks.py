@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import QWEN, SMOLLM2
 
-from analysis.statistics import mcnemar, paired_difference, summarise, wilson
+from analysis.statistics import summarise
 from base.errors import UserError
 from data.benchmarks import load_benchmark, mathematics, mmlu
 from data.benchmarks.grading import MEMORY, judge
@@ -129,29 +129,6 @@ def test_a_file_as_a_benchmark(tmp_path: Path) -> None:
     for name in ("gsm8k", str(tmp_path / "mmlu.jsonl")):
         with pytest.raises(UserError, match="--benchmarks"):
             load_benchmark(name, None, 0)
-
-
-def test_wilson_interval() -> None:
-    # Newcombe 1998, table I: the score method without continuity correction
-    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-                                  (1, 29, 0.0061, 0.1718)):
-        assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
-    assert wilson(20, 20)[1] == 1.0
-
-
-def test_mcnemar_and_paired_difference() -> None:
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
-    before, after = [True] * 60 + [False] * 40, [True] * 40 + [False] * 60
-    found = paired_difference(before, after)
-    assert found["points"] == 20 and found["p"] == mcnemar(20, 0)
-    # 20 of 100 changed: standard error sqrt(0.2 · 0.8 / 100) = 4 points
-    assert found["ci95"] == pytest.approx([12.2, 27.8], abs=1.5)
-    same = paired_difference(before[:20], before[:20])
-    assert (same["points"], same["p"]) == (0, 1.0)
-    assert same["ci95"][0] < -5 and same["ci95"][1] > 5  # 20 problems without a change are no proof that there is none
-    assert found == paired_difference(before, after)
 
 
 def test_summary() -> None:

@@ -32,7 +32,7 @@ def test_what_was_lost_and_how(tmp_path: Path) -> None:
     after = evaluation(tmp_path / "b", [CUT, CUT, CUT, SILENT, WRONG, RIGHT, RIGHT, CUT, WRONG, RIGHT])
     found = compare(before, after)["my"]
     assert found["lost"] == {"truncated": 3, "unparsed": 1, "wrong": 1} and found["gained"] == 1
-    assert found["points"] == 40 and found["p"] == pytest.approx(2 * (1 + 6) / 2**6)
+    assert found["points"] == 40 and found["p"] == pytest.approx((2 * (1 + 6) - 6) / 2**6)
     assert found["ci95"][0] < 40 < found["ci95"][1]
 
 

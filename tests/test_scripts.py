@@ -51,7 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` but the records, which hold times."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("seconds.json", "metrics.jsonl", "report.json", "report.md")}
+            if path.is_file() and path.name not in ("stages.json", "metrics.jsonl", "report.json", "report.md")}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -389,8 +389,10 @@ def test_recover(script: Script, tiny: Path, tiny_teacher: Path, prompts: Path, 
                  "figures/accuracy.png", "figures/recovery.png", "report.md", "report.json"):
         assert (out / name).exists(), name
     report = json.loads((out / "report.json").read_text())
-    assert list(report["checkpoints"]) == ["base", "teacher", "off_model", "recovered_2", "recovered_4",
-                                           "control_native", "control_noise", "control_more_teacher"]
+    assert list(report["checkpoints"]) == [
+        "base", "teacher", "off_model", "recovered_2", "recovered_4", "scaled_0.25", "scaled_0.5", "scaled_0.75",
+        "scaled_1.25", "control_matched_nll", "control_more_teacher", "control_native", "control_noise",
+        "control_noise_seed_1", "control_noise_seed_2"]
     assert set(report["recovered_fraction"]["sums"]) == {"2", "4"}
     assert {"points", "ci95", "p"} == set(report["drop"]["sums"])
     assert report["seconds"]["off_model"] > 0
@@ -426,7 +428,7 @@ def test_recover_continues_after_kills(script: Script, tiny: Path, tiny_teacher:
 
 
 def test_help_is_quick_and_shows_defaults(script: Script) -> None:
-    for name in ("generate.py", "train.py", "evaluate.py", "recover.py"):
+    for name in ("generate.py", "train.py", "evaluate.py", "measure.py", "recover.py"):
         done = script(name, "--help")
         assert done.returncode == 0 and "(default:" in done.stdout
         # no torch before the arguments are read

@@ -35,7 +35,8 @@ def _of_levels(benchmark: Benchmark, n: int | None, seed: int, levels: Sequence[
     there = {str(problem.level) for problem in benchmark.problems if problem.level is not None}
     chosen = [problem for problem in benchmark.problems if not there or str(problem.level) in levels]
     if not chosen:
-        raise UserError(f"{benchmark.name} has no problem of --levels {' '.join(levels)}; it has {', '.join(sorted(there))}")
+        raise UserError(f"{benchmark.name} has no problem of --levels {' '.join(levels)}; there are "
+                        f"{', '.join(sorted(there))}")
     return replace(benchmark, problems=sample(chosen, n, seed))
 
 

@@ -1,0 +1,305 @@
+"""What the report says of an experiment folder: figures, sentences, sources; style; the matrix."""
+
+import json
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Script, build_model
+
+from analysis.compare import compare
+from analysis.findings import braces, effect, find
+from analysis.report import fence, plain, write_report
+from analysis.style import StyleClassifier, begins, features
+from base.errors import UserError
+from base.files import write_json
+from data.rows import read_rows, write_rows
+from recover import same_tokenizer
+
+HOSTILE = ("```\n| a | b |\n|---|---|\n![x](http://evil/x.png) <img src=x> \x1b[31m \u202e [link](http://evil)\n"
+           "````\n# Heading")
+
+
+def evaluation(folder: Path, verdicts: str, responses: list[str] | None = None, levels: int = 2) -> None:
+    """A finished evaluation of `my`: + is right, - wrong, 0 without an answer, . cut at the limit."""
+    rows = []
+    for i, verdict in enumerate(verdicts):
+        rows.append({"id": f"p{i}", "prompt": f"{i}?", "gold": "1", "correct": verdict == "+",
+                     "extracted": "1" if verdict in "+-" else None,
+                     "finish_reason": "length" if verdict == "." else "stop",
+                     "response": responses[i] if responses else f"Okay then {'so ' * (i % 5)}{i}", "level": i % levels})
+    write_rows(folder / "my.jsonl", rows)
+    write_json(folder / "summary.json", {"my": {}})
+    write_json(folder / "config.json", {"options": {}})
+
+
+def experiment(folder: Path, checkpoints: dict[str, str], kl: dict[str, float] | None = None) -> Path:
+    """A folder as recover.py leaves it, with such verdicts by checkpoint, and such a KL per token."""
+    options = {"n_train": 20, "max_new_tokens": 8, "rank": 4, "lr": 1e-3, "epochs": 1, "steps": None,
+               "batch_tokens": 64, "seed": 0, "temperature": 0.7, "levels": [], "dtype": "float32", "eval_system": []}
+    write_json(folder / "config.json", {"options": {"student": "a|b", "teacher": "c", **options}})
+    rng = random.Random(0)
+    for name, words in (("teacher", "Consider it done"), ("native", "Okay let us see")):
+        write_rows(folder / f"{name}.jsonl", [{"id": str(i), "response": f"{words} {rng.random():.3f}"}
+                                              for i in range(20)])
+    for name, verdicts in checkpoints.items():
+        evaluation(folder / "evals" / name, verdicts)
+    for name, mean in (kl or {}).items():
+        rows = [{"id": str(i), "tokens": 10 + i, "nll": 5.0, "base_nll": 4.0, "kl": mean * (10 + i)} for i in range(20)]
+        for stem in ("native", "my"):
+            write_rows(folder / "measures" / name / f"{stem}.jsonl", rows)
+        write_json(folder / "measures" / name / "summary.json", {"native": {}, "my": {}})
+    return folder
+
+
+def test_figures_come_from_the_rows(tmp_path: Path) -> None:
+    base = "+" * 60 + "-" * 20
+    folder = experiment(tmp_path, {
+        "base": base, "teacher": "+" * 50 + "-" * 30, "off_model": "." * 30 + base[30:],
+        "recovered_8": "." * 20 + base[20:], "recovered_64": base, "recovered_seed_1_8": "." * 10 + base[10:],
+        "recovered_seed_1_64": base, "recovered_in_4_steps_8": base, "recovered_in_4_steps_64": base,
+        "control_noise": base, "control_native": base[1:] + "-", "control_more_teacher": "." * 30 + base[30:]})
+    report = write_report(folder)
+    assert list(report["checkpoints"]) == [
+        "base", "teacher", "off_model", "recovered_8", "recovered_64", "recovered_in_4_steps_8",
+        "recovered_in_4_steps_64", "recovered_seed_1_8", "recovered_seed_1_64", "control_more_teacher",
+        "control_native", "control_noise"]
+    assert report["drop"]["my"] == {name: compare(folder / "evals/base", folder / "evals/off_model")["my"][name]
+                                    for name in ("points", "ci95", "p")}
+    assert report["drop"]["my"]["points"] == 37.5
+    assert report["lost"]["my"] == {"truncated": 30, "unparsed": 0, "wrong": 0, "gained": 0}
+    # seeds together: a third and two thirds of the drop
+    assert report["recovered_fraction"]["my"] == {"8": pytest.approx(0.5), "64": 1.0}
+    assert report["recovered_in_4_steps_fraction"]["my"] == {"8": 1.0, "64": 1.0}
+    said = {one["about"][:2]: one["text"] for one in report["claims"]}
+    assert "not the cause" in said["SF"] and "not the cause" in said["H3"]
+    assert "no evidence of a gain" in said["Mo"] and "37.5 points" in said["Mo"]
+    # after the rows have changed, the report changes
+    evaluation(folder / "evals" / "off_model", base)
+    assert write_report(folder)["drop"]["my"]["points"] == 0
+    assert "No benchmark has a loss that is clear of 0" in (folder / "report.md").read_text()
+
+
+def test_sentences_claim_no_more_than_intervals_allow() -> None:
+    assert effect({"points": 5.0, "ci95": [1.0, 9.0]}) == "a loss of 5.0 points (1.0 to 9.0)"
+    assert effect({"points": -5.0, "ci95": [-9.0, -1.0]}) == "a gain of 5.0 points (1.0 to 9.0)"
+    for low, high in ((-1.0, 11.0), (0.0, 10.0), (-10.0, 0.0)):
+        assert effect({"points": 5.0, "ci95": [low, high]}).startswith("no evidence of a loss (5.0 points")
+
+
+@pytest.mark.parametrize(("control", "verdict"), [
+    ("+" * 60 + "-" * 20, "this is not the cause"),
+    ("-" * 30 + "+" * 30 + "-" * 20, "so this may be the cause"),
+    ("-" * 12 + "+" * 48 + "-" * 20, "a part of it at most"),
+])
+def test_a_control_is_weighed(control: str, verdict: str, tmp_path: Path) -> None:
+    folder = experiment(tmp_path, {"base": "+" * 60 + "-" * 20, "off_model": "-" * 30 + "+" * 30 + "-" * 20,
+                                   "control_native": control})
+    (claim,) = [one for one in find(folder)["claims"] if one["about"].startswith("SFT as such")]
+    assert verdict in claim["text"]
+
+
+def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path) -> None:
+    base, worse, worst = "+" * 80, "-" * 30 + "+" * 50, "-" * 60 + "+" * 20
+    checkpoints = {"base": base, "off_model_step_4": worse, "off_model": worst, "recovered_8": worse,
+                   "control_native": base}
+    kl = {"off_model_step_4": 0.2, "off_model": 0.5, "recovered_8": 0.1, "control_native": 0.01}
+    styled = {"base": "Okay let us see", "off_model_step_4": "Okay let us see", "off_model": "Consider it done",
+              "recovered_8": "Okay let us see", "control_native": "Okay let us see"}
+
+    def claim(folder: Path) -> str:
+        experiment(folder, checkpoints, kl)
+        for name, words in styled.items():  # on the way, half of the responses
+            half = name in ("off_model_step_4", "recovered_8")
+            evaluation(folder / "evals" / name, checkpoints[name], [
+                f"{'Consider it done' if half and i % 2 else words} {i}" for i in range(80)])
+        report = find(folder)
+        assert report["style"]["held_out"] > 0.95
+        base, off = (report["style"]["teacher_share"][name]["my"] for name in ("base", "off_model"))
+        assert base < 0.1 and off > 0.9
+        assert report["kl"]["off_model"]["my"]["mean"] == pytest.approx(0.5)
+        return next(one["text"] for one in report["claims"] if one["about"].startswith("H4 and H5"))
+
+    text = claim(tmp_path / "together")
+    assert "does not separate them" in text and "distance alone" not in text and "a rise of 100.0 points" in text
+    kl["control_native"] = 0.6
+    text = claim(tmp_path / "apart")
+    assert "control_native moved at least 0.8 times as far" in text and "distance alone is not the cause" in text
+
+
+def test_every_part_names_files_that_are_there(tmp_path: Path) -> None:
+    base = "+" * 60 + "-" * 20
+    folder = experiment(tmp_path, {"base": base, "teacher": base, "off_model": "0" * 30 + base[30:],
+                                   "recovered_8": base, "recovered_16": base, "control_noise": base,
+                                   "scaled_0.25": base, "control_noise_seed_1": base},
+                        {"off_model": 0.1, "scaled_0.25": 0.01})
+    write_json(folder / "stages.json", {"off_model": {"seconds": 1.0}})
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    for part in parts:
+        title = part.splitlines()[0]
+        named = [name for line in re.findall(r"<sub>(.*?)</sub>", part) for name in re.findall(r"`([^`]+)`", line)]
+        assert named or title in ("Question", "Set-up", "Limits"), title
+        for name in named:
+            done = subprocess.run(["bash", "-c", f"printf '%s\\n' {name}"], capture_output=True, text=True, check=True)
+            for path in done.stdout.splitlines():
+                assert (folder / path).is_file(), (title, path)
+    for figure in re.findall(r"!\[\w+\]\(([^)]+)\)", text):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+    assert braces(["a", "b_1", "b_2", "c_d"]) == "{a,b_{1,2},c_d}" and braces(["a"]) == "a"
+
+
+def test_a_response_forges_nothing(tmp_path: Path) -> None:
+    folder = experiment(tmp_path, {"base": "++-", "off_model": "---"})
+    for name in ("base", "off_model"):
+        evaluation(folder / "evals" / name, {"base": "++-", "off_model": "---"}[name], [HOSTILE] * 3)
+    write_report(folder)
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", (folder / "report.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    for forged in ("evil/x.png)", "<img", "# Heading", "](http"):
+        assert forged not in outside, forged
+    assert "\x1b" not in (folder / "report.md").read_text() and "\u202e" not in (folder / "report.md").read_text()
+    assert fence(HOSTILE).startswith("`````text") and plain("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
+
+
+def test_style_classifier_and_features() -> None:
+    rng = random.Random(1)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+
+    def texts(mark: str, count: int) -> list[str]:
+        return [f"{mark} {' '.join(rng.choices(words, k=12))}" for _ in range(count)]
+
+    classifier = StyleClassifier.fit(texts("Okay:", 60), texts("Consider:", 20))
+    assert classifier.accuracy > 0.95
+    assert classifier.is_teachers(["Consider: 7 x 8", "Okay: 7 x 8"]) == [True, False]
+    alike = StyleClassifier.fit(texts("Okay:", 100), texts("Okay:", 100))
+    assert 0.35 < alike.accuracy < 0.65  # held out: nothing to learn, whatever was memorised
+    assert StyleClassifier.fit(["a"] * 9, ["b"] * 20) is None
+    found = features(["# Title\n1. Wait, **no**\n2. Step two $x$\n- \\(y\\)", "plain words only"])
+    assert found["steps"] == 2.0 and found["markdown"] == 1.0 and found["formulas"] == 1.0
+    assert found["self-corrections"] == 0.5 and found["words"] == (11 + 3) / 2
+    assert begins(["Okay a", " Okay b", "Consider"], ("Okay", "Consider")) == {"student": 2 / 3, "teacher": 1 / 3}
+
+
+def test_no_experiment_is_refused(tmp_path: Path, script: Script) -> None:
+    for folder, message in ((tmp_path, "no config.json"), (experiment(tmp_path / "x", {"off_model": "+"}), "of base")):
+        with pytest.raises(UserError, match=message):
+            write_report(folder)
+    done = script("analysis.matrix", tmp_path / "x")
+    assert done.returncode == 2 and "no cell" in done.stderr
+
+
+# --- Through the scripts ----------------------------------------------------------------------------------------------
+
+
+def test_measures_are_those_of_the_definition(script: Script, tmp_path: Path) -> None:
+    """NLL and KL of the miniature's responses, position by position from all logits in float64."""
+    from model import lora, weights
+    from model.attention import Packed
+    from model.chat import Chat
+
+    student = ROOT / "miniature" / "student"
+    assert script("generate.py", "--model", student, "--prompts", "mini", "--n", 12, "--out",
+                  tmp_path / "own.jsonl").returncode == 0
+    assert script("train.py", "--model", student, "--data", tmp_path / "own.jsonl", "--steps", 3, "--lr", 1e-2,
+                  "--rank", 4, "--out", tmp_path / "adapter").returncode == 0
+    common = ("measure.py", "--model", student, "--responses", tmp_path / "own.jsonl")
+    done = script(*common, "--adapter", tmp_path / "adapter", "--out", tmp_path / "moved")
+    assert done.returncode == 0, done.stderr
+    assert script(*common, "--n", 5, "--out", tmp_path / "base").returncode == 0
+    zero = script(*common, "--adapter", tmp_path / "adapter", "--adapter-scale", 0, "--out", tmp_path / "zero")
+    assert zero.returncode == 0
+    moved, base, zero = (read_rows(tmp_path / name / "own.jsonl") for name in ("moved", "base", "zero"))
+    assert len(moved) == 12 and [row["nll"] for row in base] == [row["base_nll"] for row in moved[:5]]
+    assert all(row["kl"] == pytest.approx(0, abs=1e-5) and row["nll"] == pytest.approx(row["base_nll"], abs=1e-4)
+               for row in zero)
+
+    model = weights.load(student, torch.device("cpu"), torch.float32)
+    chat = Chat(student, model.config)
+    rows = read_rows(tmp_path / "own.jsonl")
+    turns = [chat.turn(row["prompt"], row["response"]) for row in rows]
+
+    def logprobs() -> list[torch.Tensor]:
+        found = []
+        for turn in turns:
+            hidden = model(torch.tensor(turn.tokens), torch.arange(len(turn.tokens)), Packed([len(turn.tokens)]))
+            found.append(model.logits(hidden[turn.first - 1 : turn.last - 1]).double().log_softmax(-1))
+        return found
+
+    with torch.no_grad():
+        before = logprobs()
+        lora.load(model, str(tmp_path / "adapter"))
+        after = logprobs()
+    for row, own, turn, p, q in zip(moved, rows, turns, before, after, strict=True):
+        targets = torch.tensor(turn.tokens[turn.first : turn.last])[:, None]
+        assert row["tokens"] == len(targets)
+        assert row["base_nll"] == pytest.approx(-p.gather(1, targets).sum().item(), abs=1e-3)
+        assert row["base_nll"] == pytest.approx(-own["logprob"], abs=1e-2)  # the sampler's own figure
+        assert row["nll"] == pytest.approx(-q.gather(1, targets).sum().item(), abs=1e-3)
+        assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-3) and row["kl"] > 0
+    again = script(*common, "--adapter", tmp_path / "adapter", "--out", tmp_path / "moved")
+    assert "done already" in again.stdout
+    refused = script("measure.py", "--model", student, "--responses", tmp_path / "own.jsonl", tmp_path / "own.jsonl",
+                     "--out", tmp_path / "twice")
+    assert refused.returncode == 2 and "names" in refused.stderr
+
+
+def test_matrix(script: Script, tiny: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    """A student and two teachers, one of which has its tokenizer: cells share what the same command makes."""
+    third = tmp_path / "third"
+    build_model(third, "Llama", seed=5, tie_word_embeddings=True)  # the first one's tokenizer
+    problems = tmp_path / "sums.jsonl"
+    write_rows(problems, [{"id": f"s{i}", "problem": f"{i} + {i}?", "answer": str(2 * i), "level": i % 3}
+                          for i in range(6)])
+    prompts = tmp_path / "prompts.jsonl"
+    write_rows(prompts, [{"id": f"p{i}", "prompt": f"question {i}"} for i in range(40)])
+    common = ("--prompts", prompts, "--n-train", 12, "--benchmarks", problems, "--n", 3, "--levels", 0, 2,
+              "--max-new-tokens", 8, "--recover-with", 4, "--recover-seeds", 2, "--keep-every", 1, "--epochs", 3,
+              "--batch-tokens", 512, "--rank", 2, "--controls", "--eval-system", "Be brief.", "--measure-n", 4,
+              "--style-systems", "In your way.", "In its way.")
+    out = tmp_path / "matrix"
+    done = script("recover.py", "--student", tiny, "--teacher", tiny_teacher, third, *common, "--out", out)
+    assert done.returncode == 0, done.stderr
+    cells = [f"{tiny.name}--{name}" for name in (tiny_teacher.name, third.name)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*cells, "matrix.json", "matrix.md", "matrix.png"])
+    for place in ("native.jsonl", "evals/base", "controls/native.jsonl"):
+        assert f"{out / cells[1] / place}: copied" in done.stdout
+    assert f"{out / cells[1] / 'teacher.jsonl'}: copied" not in done.stdout
+    matrix = json.loads((out / "matrix.json").read_text())
+    assert list(matrix) == cells and set(matrix[cells[0]]["sums"]) == {"points", "ci95", "p"}
+    # the same cell by itself: the same rows and adapters
+    alone = tmp_path / "alone"
+    done = script("recover.py", "--student", tiny, "--teacher", third, *common, "--out", alone)
+    assert done.returncode == 0 and "copied" not in done.stdout, done.stderr
+
+    def kept(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+                if path.suffix in (".jsonl", ".safetensors") and path.name != "metrics.jsonl"}
+
+    assert kept(alone) == kept(out / cells[1])
+    report = json.loads((alone / "report.json").read_text())
+    steps = [name for name in report["checkpoints"] if name.startswith("off_model_step")]
+    assert steps and {"base_under_system_1", "off_model_under_system_1", "scaled_0.25", "control_noise_seed_2",
+                      "recovered_seed_1_4", "control_matched_nll", "base_in_teacher_style",
+                      "control_native_in_teacher_style"} <= set(report["checkpoints"])
+    assert {row["level"] for row in read_rows(alone / "evals/base/sums.jsonl")} == {0, 2}
+    # two models of one tokenizer: whose responses are likelier under whom
+    assert set(report["ratio"]) == {"base", "off_model", "recovered_4"}
+    assert report["ratio"]["base"]["sums"]["mean"] > 0  # the student's own, under the student
+    assert not same_tokenizer(*(str(ROOT / "miniature" / role) for role in ("student", "teacher")))
+    assert set(report["nll"]) == {"teacher", "native", "matched_nll"}
+    # forced by a system prompt, and learnt without it
+    data = read_rows(alone / "controls/native_in_teacher_style.jsonl")
+    assert {row["system"] for row in data} == {"In its way."}
+    record = json.loads((alone / "controls/native_in_teacher_style/config.json").read_text())
+    assert record["options"]["no_system"] is True
+    # other native examples for another seed
+    seeds = [json.loads((alone / name / "4/config.json").read_text())["options"]
+             for name in ("recovered", "recovered_seed_1")]
+    assert [(had["skip"], had["seed"]) for had in seeds] == [(0, 0), (4, 1)]
+    clash = script("recover.py", "--student", tiny, tmp_path / "x" / tiny.name, "--teacher", third, *common, "--out",
+                   tmp_path / "clash")
+    assert clash.returncode == 2

@@ -1,0 +1,164 @@
+"""Are the statistics right? Known values, and what they say over many experiments with a known truth."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from analysis.statistics import (
+    by_group,
+    mcnemar,
+    n_for_share,
+    paired_difference,
+    quarters,
+    rank_correlation,
+    ratio,
+    recovery,
+    trend,
+    wilson,
+)
+from data.benchmarks import load_benchmark, load_grader
+from model import weights
+from model.chat import Chat
+from model.sampler import Sampler
+
+
+def test_wilson_interval() -> None:
+    # Newcombe 1998, table I: the score method without continuity correction
+    for correct, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
+                                  (1, 29, 0.0061, 0.1718)):
+        assert wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(20, 20)[1] == 1.0
+
+
+def test_mcnemar_and_paired_difference() -> None:
+    assert mcnemar(0, 0) == mcnemar(7, 7) == 1.0
+    # the exact p-value, less half of what is as likely as the observed on either side
+    assert mcnemar(5, 0) == mcnemar(0, 5) == pytest.approx(2 / 32 - 1 / 32)
+    assert mcnemar(10, 2) == pytest.approx((2 * (1 + 12 + 66) - 66) / 4096)
+    before, after = [True] * 60 + [False] * 40, [True] * 40 + [False] * 60
+    found = paired_difference(before, after)
+    assert found["points"] == 20 and found["p"] == mcnemar(20, 0)
+    # 20 of 100 changed: standard error sqrt(0.2 · 0.8 / 100) = 4 points
+    assert found["ci95"] == pytest.approx([12.2, 27.8], abs=1.5)
+    same = paired_difference(before[:20], before[:20])
+    assert (same["points"], same["p"]) == (0, 1.0)
+    assert same["ci95"][0] < -5 and same["ci95"][1] > 5  # 20 problems without a change are no proof that there is none
+    assert found == paired_difference(before, after)
+
+
+def test_false_positives_between_two_sampling_seeds() -> None:
+    """The same checkpoint against itself: 1,000 comparisons of samples of the miniature student's, in the style that
+    it is unsure in; of 24 samples of each of 200 problems a comparison draws two."""
+    folder = ROOT / "miniature" / "student"
+    model = weights.load(folder, torch.device("cpu"), torch.float32)
+    chat = Chat(folder, model.config)
+    benchmark = load_benchmark("reasoning", 200, 0)
+    verdicts = []
+    for seed in range(24):
+        sampler = Sampler(model, chat.stop_ids, max_new_tokens=64, temperature=1.2, seed=seed)
+        answered = {response.id: response for response in sampler.generate(
+            [(problem.id, chat.prompt(problem.prompt, opener="Consider")) for problem in benchmark.problems])}
+        rows = [{"response": chat.decode(answered[problem.id].tokens), "gold": problem.gold,
+                 "finish_reason": answered[problem.id].finish_reason} for problem in benchmark.problems]
+        verdicts.append([verdict.correct for verdict in load_grader(benchmark.grader)(rows)])
+    bank = np.array(verdicts)  # (24, 200)
+    unsure = (bank.mean(0) > 0.05) & (bank.mean(0) < 0.95)
+    assert unsure.mean() > 0.3  # else the comparisons would be about nothing
+    rng, rejected, covered = np.random.default_rng(0), 0, 0
+    for _ in range(1000):
+        order = np.argsort(rng.random(bank.shape), axis=0)[:2]
+        one, other = np.take_along_axis(bank, order, axis=0)
+        found = paired_difference(one.tolist(), other.tolist())
+        rejected += found["p"] < 0.05
+        covered += found["ci95"][0] <= 0 <= found["ci95"][1]
+    assert 30 <= rejected <= 70
+    assert 930 <= covered <= 970
+
+
+@pytest.mark.parametrize(("n", "harm"), [(200, 0.0), (200, 0.3), (500, 0.15)])
+def test_intervals_of_a_drop_cover_it(n: int, harm: float) -> None:
+    rng = np.random.default_rng(n)
+    truth = 100 * harm * 0.5 * 0.5  # half of the problems lose a share `harm` of a probability that is 0.5 on average
+    covered = 0
+    for _ in range(1000):
+        chance = rng.beta(0.7, 0.7, n)
+        later = chance * (1 - harm * (rng.random(n) < 0.5))
+        found = paired_difference((rng.random(n) < chance).tolist(), (rng.random(n) < later).tolist())
+        covered += found["ci95"][0] <= truth <= found["ci95"][1]
+    assert 930 <= covered <= 970
+
+
+def test_intervals_of_a_recovered_share_cover_it() -> None:
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(400):
+        base = rng.beta(1.2, 0.8, 200)
+        off, back = 0.5 * base, 0.75 * base  # half of the drop comes back
+        drawn = [(rng.random(200) < chance).tolist() for chance in (base, off, back, back)]
+        found = recovery(*drawn[:2], {8: drawn[2:]})
+        low, high = found["ci95"][8]
+        covered += low <= 0.5 <= high
+    # over problems and over two runs; two runs are few, and the interval may be a little wide
+    assert covered >= 0.93 * 400
+
+
+def test_intervals_of_a_ratio_cover_it() -> None:
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(400):
+        tokens = rng.integers(5, 200, 64)
+        found = ratio(tokens * rng.gamma(4, 0.125, 64), tokens)
+        covered += found["ci95"][0] <= 0.5 <= found["ci95"][1]
+    assert 0.91 * 400 <= covered <= 0.97 * 400
+
+
+def test_trend() -> None:
+    rng = np.random.default_rng(4)
+    rejected = sum(trend(rng.choice([-1, 0, 1], 100, p=[0.1, 0.7, 0.2]), rng.integers(1, 6, 100))["p"] < 0.05
+                   for _ in range(200))
+    assert rejected <= 18  # 10 on average
+    levels = np.repeat([1, 2, 3, 4, 5], 40)
+    grows = trend((rng.random(200) < 0.1 * levels).astype(float), levels)
+    assert grows["p"] < 0.01 and grows["slope"] == pytest.approx(0.1, abs=0.04)
+    assert trend([1, 1, 1], [1, 2, 3]) == trend([1, 0, 1], [2, 2, 2]) == {"slope": 0.0, "p": 1.0}
+
+
+def test_groups() -> None:
+    assert quarters([10, 40, 20, 30, 50, 60, 70, 80]) == [1, 2, 1, 2, 3, 3, 4, 4]
+    assert quarters([5, 5, 5, 9]) == [1, 1, 1, 4]
+    rows = [[{"correct": bool(verdict)} for verdict in verdicts] for verdicts in ([1, 1, 1, 1, 0], [1, 1, 0, 0, 1])]
+    found = by_group(*rows, [1, 1, 2, 2, 2])
+    assert [(group["group"], group["n"], group["points"]) for group in found["groups"]] == [
+        (1, 2, 0), (2, 3, pytest.approx(100 / 3))]
+
+
+def test_recovery_and_the_n_that_it_takes() -> None:
+    base, off = [True] * 100, [False] * 80 + [True] * 20
+    runs = {8: [[True] * 10 + off[10:]], 32: [[True] * 40 + off[40:], [True] * 60 + off[60:]], 128: [base]}
+    found = recovery(base, off, {n: some * (2 // len(some)) for n, some in runs.items()})
+    assert found["share"] == {8: 0.125, 32: 0.625, 128: 1.0}
+    assert 32 < found["n80"]["n"] < 128
+    low, high = found["ci95"][32]
+    assert low < 0.5 and high > 0.75  # the two runs differ by a quarter of the drop
+    nothing = recovery(off, base, {8: [base]})
+    assert nothing["share"] == {8: None} and nothing["n80"]["n"] is None
+    unsure = recovery([True, True, False] * 7, [True, False, True] * 6 + [True, False, False], {8: [[True] * 21]})
+    assert unsure["ci95"][8] == [None, None]  # a drop that may be none, a share that may be anything
+    # a curve of that shape is found again: N50 = 20, k = 2
+    counts = [4, 8, 16, 32, 64]
+    curve = np.array([[1 / (1 + (20 / n) ** 2) for n in counts], [0.0] * 5])
+    assert n_for_share(counts, curve) == pytest.approx([40, 256], rel=0.05)  # none of it: 4 times the largest
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 3]) == pytest.approx(4 / 4.5)  # ties share their rank
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_results_are_json() -> None:
+    """Without infinities, which JSON has no name for."""
+    found = recovery([True, False] * 10, [False, True] * 5 + [False] * 10, {4: [[True] * 20]})
+    json.dumps(found, allow_nan=False)
