@@ -12,8 +12,6 @@ the same command continues a run that was stopped. --rescore grades the saved re
 
 import argparse
 import time
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from data.benchmarks.problem import Benchmark
     from data.rows import GrowingRows
     from model.chat import Chat
-    from model.decoder import Decoder
     from model.sampler import Sampler
 
 
@@ -125,7 +122,7 @@ def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: li
 
     with GrowingRows(path) as rows:
         if benchmark.choices:
-            pick(benchmark, sampler.model, chat, prompts, encoded, rows)
+            pick(benchmark, sampler, chat, prompts, encoded, rows)
         else:
             respond(sampler, chat, prompts, encoded, rows, f"{path.parent.name}/{benchmark.name}", opener)
         answered = []
@@ -139,12 +136,10 @@ def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: li
     return graded
 
 
-def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]],
-         rows: "GrowingRows") -> None:
+def pick(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list[dict],
+         encoded: dict[str, list[int]], rows: "GrowingRows") -> None:
     """The likeliest of the benchmark's choices as first token of the response: one prefill, nothing sampled."""
     from tqdm import tqdm
-
-    from model.sampler import common_prefix, score_next
 
     # the token that a choice begins with, behind a prompt: by the template, not by what it looks like
     turns = [chat.turn(prompts[0]["prompt"], choice, prompts[0]["system"]) for choice in benchmark.choices]
@@ -152,16 +147,10 @@ def pick(benchmark: "Benchmark", model: "Decoder", chat: "Chat", prompts: list[d
     if len(set(tokens)) < len(tokens):
         raise UserError(f"{benchmark.name}: this model's tokenizer does not tell {benchmark.choices} apart by their "
                         "first token")
-    parts = []  # questions of one subject lie together and begin alike: what they share is computed once
-    for _, group in groupby(benchmark.problems, key=attrgetter("stratum")):
-        ids = [problem.id for problem in group]
-        prefix = common_prefix([encoded[id] for id in ids])  # of all, done or not: a row stays the same
-        todo = [id for id in ids if id not in rows.rows]
-        parts += [(prefix, todo[i : i + 64]) for i in range(0, len(todo), 64)]
+    todo = [(id, prompt) for id, prompt in encoded.items() if id not in rows.rows]
     bar = tqdm(total=len(prompts), initial=len(rows.rows), desc=benchmark.name, unit="row", disable=None)
     with bar as progress:
-        for prefix, ids in parts:
-            scores = score_next(model, [encoded[id] for id in ids], tokens, prefix)
+        for ids, scores in sampler.score(todo, tokens):
             if not scores.isfinite().all():
                 raise UserError(f"the model's output for {benchmark.name} is not finite: its weights or its adapter "
                                 "are damaged")

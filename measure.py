@@ -10,15 +10,18 @@ itself has sampled, its mean is an estimate of the KL that RL's Razor (arXiv 250
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, positive_int
+from base.options import Parser, device_options, positive_int, seed
 from generate import check_adapter, load_model, model_identity, model_options
 from train import as_messages, encode_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from data.packing import Example
     from model.decoder import Decoder
 
@@ -32,6 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--responses", nargs="+", type=Path, required=True, metavar="FILE.jsonl",
                         help="rows with id, prompt and response: of generate.py or of an evaluation")
     parser.add_argument("--n", type=positive_int, help="rows of each file, from its beginning (default: all)")
+    parser.add_argument("--scramble", type=seed, metavar="SEED", help="replace --adapter by noise, as evaluate.py does")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file of rows for each file")
     device_options(parser)
     args = parser.parse_args(argv)
@@ -46,13 +50,15 @@ def main(argv: list[str] | None = None) -> None:
 
     from base.files import same_run_folder, sha256, write_json, write_record
     from data.packing import group
-    from data.rows import read_rows, write_rows
+    from data.rows import GrowingRows, read_rows
+    from model import lora
 
     files = {path.stem: path for path in args.responses}
     if len(files) < len(args.responses) or files.keys() & {"config", "summary"}:
         raise UserError("--responses are told apart by their files' names, of which two are the same or one is taken")
     rows = {name: read_rows(path, needed=("prompt", "response"))[: args.n] for name, path in files.items()}
-    options = {"responses": {name: sha256(path) for name, path in files.items()}, "n": args.n, **model_identity(args)}
+    options = {"responses": {name: sha256(path) for name, path in files.items()}, "n": args.n,
+               "scramble": args.scramble, **model_identity(args)}
     record = args.out / "config.json"
     if same_run_folder(record, options) and (args.out / "summary.json").exists():
         print(f"{args.out}: done already")
@@ -60,18 +66,31 @@ def main(argv: list[str] | None = None) -> None:
 
     model, chat = load_model(args)
     write_record(record, options, {"files": {name: str(path) for name, path in files.items()}})
-    summary = {}
+    parts, dropped = {}, {}
     for name, given in rows.items():
         messages = [row | {"messages": as_messages(row, files[name])} for row in given]
-        examples, dropped = encode_rows(chat, messages, model.config.max_positions, drop_long=True)
-        measured = []
-        with tqdm(total=len(examples), desc=f"{args.out.name}/{name}", unit="row", disable=None) as progress:
-            for part in group(range(len(examples)), [len(example.tokens) for example in examples], TOKENS):
-                measured += measure(model, [examples[i] for i in part])
+        examples, dropped[name] = encode_rows(chat, messages, model.config.max_positions, drop_long=True)
+        groups = group(range(len(examples)), [len(example.tokens) for example in examples], TOKENS)
+        parts[name] = [[examples[i] for i in part] for part in groups]
+    before = None
+    if args.adapter:  # first, since noise overwrites the base model's weights
+        with lora.disabled(model):
+            before = {name: [states(model, part) for part in some] for name, some in parts.items()}
+        if args.scramble is not None:
+            lora.scramble(model, args.scramble)
+    summary = {}
+    for name, some in parts.items():
+        bar = tqdm(total=sum(map(len, some)), desc=f"{args.out.name}/{name}", unit="row", disable=None)
+        with GrowingRows(args.out / f"{name}.jsonl") as saved, bar as progress:
+            for i, part in enumerate(some):
+                if part[-1].id not in saved.rows:  # all of a part or none: a row is the same in the same company
+                    for row in measure(model, part, before and before[name][i]):
+                        saved.append(row)
                 progress.update(len(part))
-        write_rows(args.out / f"{name}.jsonl", measured)
+            measured = [saved.rows[example.id] for part in some for example in part]
+            saved.finish(measured)
         tokens = sum(row["tokens"] for row in measured)
-        summary[name] = {"n": len(measured), "dropped": len(dropped), "tokens": tokens,
+        summary[name] = {"n": len(measured), "dropped": len(dropped[name]), "tokens": tokens,
                          **{f"{kind}_per_token": sum(row[kind] for row in measured) / tokens
                             for kind in ("nll", "base_nll", "kl") if kind in measured[0]}}
         print(f"{args.out}: {name}, {len(measured)} responses: " + ", ".join(
@@ -79,36 +98,33 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / "summary.json", summary)  # last: it says that all is there
 
 
-def measure(model: "Decoder", examples: list["Example"]) -> list[dict]:
-    """A row of measures for each example, by one forward pass over all of them; two where there is an adapter."""
+def states(model: "Decoder", part: list["Example"]) -> "Tensor":
+    """Hidden states (N, E), on the CPU, of the positions before all supervised tokens of some examples."""
     import torch
 
     from data.packing import pack
-    from model import lora
     from model.attention import Packed
+
+    batch = pack(part, model.device)
+    with torch.inference_mode():
+        return model(batch.tokens, batch.positions, Packed(batch.lengths))[batch.sources].cpu()
+
+
+def measure(model: "Decoder", part: list["Example"], before: "Tensor | None") -> list[dict]:
+    """A row of measures for each example; `before` are the base model's `states`, where this isn't it."""
+    from data.packing import pack
     from model.loss import divergence
 
-    batch = pack(examples, model.device)
-    with torch.inference_mode():
-        def hidden() -> torch.Tensor:
-            return model(batch.tokens, batch.positions, Packed(batch.lengths))[batch.sources]  # (N, E)
-
-        now = hidden()
-        measures = {}
-        if lora.adapted(model):
-            with lora.disabled(model):
-                before = hidden()
-            measures["nll"], measures["base_nll"], measures["kl"] = divergence(
-                now, before, model.lm_head.weight, batch.targets)
-        else:
-            measures["nll"] = divergence(now, None, model.lm_head.weight, batch.targets)[0]
-        counts = [example.supervised for example in examples]
-        parts = {name: [part.sum().item() for part in values.double().split(counts)]
-                 for name, values in measures.items()}
-    if not all(abs(value) < float("inf") for values in parts.values() for value in values):
+    targets = pack(part, model.device).targets
+    now, base = (None if hidden is None else hidden.to(model.device) for hidden in (states(model, part), before))
+    counts = [example.supervised for example in part]
+    kinds = ("nll", "base_nll", "kl")  # without a base the first alone
+    found = {kind: [one.sum().item() for one in values.double().split(counts)]
+             for kind, values in zip(kinds, divergence(now, base, model.lm_head.weight, targets), strict=False)}
+    if not all(math.isfinite(value) for values in found.values() for value in values):
         raise UserError("the model's output is not finite: its weights or its adapter are damaged")
-    return [{"id": example.id, "tokens": count, **{name: round(values[i], 5) for name, values in parts.items()}}
-            for i, (example, count) in enumerate(zip(examples, counts, strict=True))]
+    return [{"id": example.id, "tokens": count, **{kind: round(values[i], 5) for kind, values in found.items()}}
+            for i, (example, count) in enumerate(zip(part, counts, strict=True))]
 
 
 if __name__ == "__main__":

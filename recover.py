@@ -47,6 +47,7 @@ from base.options import Parser, device_options, number, positive_int, temperatu
 TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
             "micro_batch_tokens", "checkpoint_activations", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
+CELLS = "*--*/config.json"  # of a matrix: a folder a pair
 NOISES = 3  # seeds of the noise
 SCALES = (0.25, 0.5, 0.75, 1.25)  # of the off-model adapter; 0 is base, 1 is off_model
 HOTTEST, TRIALS, TRIAL_ROWS = 2.0, 5, 48  # the search for a temperature
@@ -133,19 +134,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run one pair's stages, or those of all pairs."""
     args = parse(argv)
-    if len(args.student) == len(args.teacher) == 1:
+    pairs = [(student, teacher) for student in args.student for teacher in args.teacher if student != teacher]
+    if len(args.student) == len(args.teacher) == 1 and not any(args.out.glob(CELLS)):
         run_pair(args, args.student[0], args.teacher[0], args.out)
         return
     from analysis.matrix import write_matrix
+    from base.hub import model_folder
 
-    cells = {args.out / f"{short_name(student)}--{short_name(teacher)}": (student, teacher)
-             for student in args.student for teacher in args.teacher if student != teacher}
-    if len(cells) < sum(student != teacher for student in args.student for teacher in args.teacher):
+    names = {model: short_name(model) for model in (*args.student, *args.teacher)}
+    if len(set(names.values())) < len(names):
         raise UserError("two models have the same last name, which their cells' folders would share; rename one")
-    for out, (student, teacher) in cells.items():
-        print(f"\n=== {out.name}", flush=True)
-        run_pair(args, student, teacher, out)
-        write_matrix(args.out)  # of the cells that are there so far
+    for model in names:  # a name that is wrong is found before the first cell
+        model_folder(model)
+    for student, teacher in pairs:
+        print(f"\n=== {names[student]}--{names[teacher]}", flush=True)
+        run_pair(args, student, teacher, args.out / f"{names[student]}--{names[teacher]}")
+    write_matrix(args.out)
     print(f"\n{args.out / 'matrix.md'}")
 
 
@@ -187,18 +191,19 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
     native_rows = pair.respond("native.jsonl", student, *behind)
     pair.evaluate("base", student)
 
-    off_model = pair.sft("off_model", teacher_rows, *as_arguments(args, ("keep_every",)))
-    steps = len((off_model / "metrics.jsonl").read_text().splitlines())
-    for step in range(args.keep_every or steps, steps, args.keep_every or steps):
+    off_model = pair.sft("off_model", teacher_rows, *as_arguments(args, ("epochs", "steps", "keep_every")))
+    steps = steps_of(off_model)
+    kept = range(args.keep_every or steps, steps, args.keep_every or steps)
+    for step in kept:
         pair.follow(f"off_model_step_{step}", off_model / "steps" / str(step))
     pair.follow("off_model", off_model)
 
-    by_epochs = ("--epochs", args.recover_epochs)
-    arms = {"recovered": by_epochs}
+    arms = {"recovered": ("--epochs", args.recover_epochs)}
     if args.recover_steps:
         arms[f"recovered_in_{args.recover_steps}_steps"] = ("--steps", args.recover_steps)
     for again in range(1, args.recover_seeds):  # of an option given twice, the second counts
-        arms[f"recovered_seed_{again}"] = (*by_epochs, "--skip", again * most, "--seed", args.seed + again)
+        arms |= {f"{arm}_seed_{again}": (*arguments, "--skip", again * most, "--seed", args.seed + again)
+                 for arm, arguments in arms.items() if "_seed_" not in arm}
     for arm, arguments in arms.items():
         for n in args.recover_with:
             adapter = pair.recover(f"{arm}/{n}", native_rows, "--n", n, *arguments)
@@ -211,22 +216,28 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
         pair.evaluate(f"base_under_system_{i}", student, "--system", system)
         pair.follow(f"off_model_under_system_{i}", off_model, "--system", system, measured=False)
     if args.controls:
-        run_controls(pair, off_model, teacher_rows, native_rows)
+        run_controls(pair, off_model, teacher_rows)
+        # Whose responses are they, by the two models' own likelihoods? Comparable where both see the same tokens
+        if pair.sampled and same_tokenizer(student, teacher):
+            for checkpoint in ("base", *(f"off_model_step_{step}" for step in kept), "off_model",
+                               *(f"recovered_{n}" for n in args.recover_with)):
+                for role, model in (("student", student), ("teacher", teacher)):
+                    pair.measure(f"{checkpoint}_under_{role}", model, "--responses", *pair.written(checkpoint))
 
     from analysis.report import summary_table, write_report
 
     print(f"\n{summary_table(write_report(out))}\n{out / 'report.md'}")
 
 
-def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path, native_rows: Path) -> None:
+def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path) -> None:
     """One control for each explanation of what SFT on the teacher's responses has cost."""
     args, student, teacher = pair.args, pair.student, pair.teacher
     first, most = ("--skip", 0, "--n", args.n_train), args.recover_with[-1]
 
     def control(name: str, model: str, *more: object) -> None:
-        """SFT as for off_model, on other responses to the same prompts."""
+        """SFT of as many steps as off_model's, on other responses to the same prompts."""
         rows = pair.respond(f"controls/{name}.jsonl", model, *first, *more)
-        pair.follow(f"control_{name}", pair.sft(f"controls/{name}", rows))
+        pair.follow(f"control_{name}", pair.sft(f"controls/{name}", rows, "--steps", steps_of(off_model)))
 
     # Is it SFT as such? Is it that the data is unlikely under the student, whoever wrote it?
     control("native", student)
@@ -237,10 +248,10 @@ def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path, native_rows:
     # Is it noise on the weights?
     for i in range(NOISES):
         name = "control_noise" if i == 0 else f"control_noise_seed_{i}"
-        pair.follow(name, off_model, "--scramble", args.seed + i, measured=False)
+        pair.follow(name, off_model, "--scramble", args.seed + i)
     # Is it more training, of any kind, that brings back what was lost? (The recovery's prompts, steps and rate)
     more_rows = pair.respond("controls/more_teacher.jsonl", teacher, "--skip", args.n_train, "--n", most)
-    adapter = pair.recover("controls/more_teacher", more_rows, "--epochs", args.recover_epochs)
+    adapter = pair.recover("controls/more_teacher", more_rows, "--steps", steps_of(pair.out / f"recovered/{most}"))
     pair.follow("control_more_teacher", adapter)
     # How far along the way from base to off-model does it break?
     for scale in SCALES:
@@ -249,11 +260,6 @@ def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path, native_rows:
     if pair.forced:
         control("native_in_teacher_style", student, *pair.style("teacher"))
         control("teacher_in_student_style", teacher, *pair.style("student"))
-    # Whose responses are the student's, by the two models' own likelihoods? Comparable where they see the same tokens
-    if same_tokenizer(student, teacher):
-        for checkpoint in ("base", "off_model", f"recovered_{most}"):
-            for role, model in (("student", student), ("teacher", teacher)):
-                pair.measure(f"{checkpoint}_under_{role}", model, "--responses", *pair.written(checkpoint))
 
 
 class Pair:
@@ -307,8 +313,8 @@ class Pair:
 
     def sft(self, place: str, rows: Path, *more: object) -> Path:
         """A new adapter on the student, from responses to the prompts of SFT."""
-        return self.run(train, place, *self.learning, "--data", rows, *as_arguments(
-            self.args, (*train.NEW_ADAPTER, "lr", "epochs", "steps", "batch_tokens")), *more)
+        return self.run(train, place, *self.learning, "--data", rows,
+                        *as_arguments(self.args, (*train.NEW_ADAPTER, "lr", "batch_tokens")), *more)
 
     def recover(self, place: str, rows: Path, *more: object) -> Path:
         """The off-model adapter, trained on."""
@@ -350,6 +356,13 @@ def matching_temperature(pair: Pair, likelihood: Path) -> float:
     return min(misses, key=misses.get)
 
 
+def steps_of(adapter: Path) -> int:
+    """The optimiser steps of a finished training."""
+    from base.files import read_text
+
+    return read_text(adapter / "metrics.jsonl").count("\n")
+
+
 def borrow(out: Path, place: str, command: list[str]) -> bool:
     """Copy what another cell of the same matrix has made by the same command and the same code; whether there is any.
 
@@ -362,7 +375,7 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
     ours = read_json(out / "config.json")
     for record in sorted(out.parent.glob("*--*/stages.json")):
         theirs = read_json(record.with_name("config.json"))
-        if any(theirs.get(name) != ours[name] for name in ("git_revision", "versions")):
+        if any(theirs[name] != ours[name] for name in ("code_sha256", "versions")) or _inputs(theirs) != _inputs(ours):
             continue
         for other, stage in read_json(record).items():
             made = record.parent / other
@@ -382,6 +395,10 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
                 part.replace(out / place)
             return True
     return False
+
+
+def _inputs(record: dict) -> tuple:
+    return tuple(record["options"][name] for name in ("prompts_sha256", "benchmarks"))
 
 
 def same_tokenizer(student: str, teacher: str) -> bool:

@@ -165,9 +165,9 @@ def draw_overview(report: dict) -> "Figure":
 
 
 def draw_style(report: dict) -> "Figure":
-    """Along SFT and recovery: accuracy beside the share of the teacher's style, and over the adapter's scale."""
+    """Along SFT and recovery, and over the adapter's scale: accuracy beside the style index."""
     benchmark = main_benchmark(report)
-    one = report["together"][benchmark]
+    one, index = report["together"][benchmark], report["style"]["index"]
     scaled = {0.0: "base", 1.0: "off_model"} | {
         float(name.removeprefix("scaled_")): name for name in report["checkpoints"] if name.startswith("scaled_")}
     both = len(scaled) > 2
@@ -175,7 +175,7 @@ def draw_style(report: dict) -> "Figure":
     axes, names = panels[0], one["path"]
     axes.plot([100 * value for value in one["accuracy"]], "-o", color=COLOURS["base"], markersize=5, label="accuracy")
     axes.plot([100 * value for value in one["style"]], "--s", color=COLOURS["off_model"], markersize=5,
-              label="teacher's style")
+              label="style: 0 base's, 100 the teacher's")
     short = [re.sub("off_model_step_", "", name.replace("recovered_", "+")) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=60, fontsize=8)
     _label(axes, f"{benchmark}: SFT, then recovery", "steps of SFT, then + native examples", "%")
@@ -183,11 +183,12 @@ def draw_style(report: dict) -> "Figure":
         places = sorted(scaled)
         panels[1].plot(places, [100 * report["checkpoints"][scaled[place]][benchmark]["accuracy"] for place in places],
                        "-o", color=COLOURS["base"], markersize=5, label="accuracy")
-        panels[1].plot(places, [100 * report["style"]["teacher_share"][scaled[place]][benchmark] for place in places],
-                       "--s", color=COLOURS["off_model"], markersize=5, label="teacher's style")
+        panels[1].plot(places, [100 * index[scaled[place]][benchmark]["mean"] for place in places], "--s",
+                       color=COLOURS["off_model"], markersize=5, label="style: 0 base's, 100 the teacher's")
         _label(panels[1], "the off-model adapter, scaled", "scale")
+    lowest = min([0, *(100 * value for value in one["style"])])
     for each in panels:
-        each.set_ylim(-2, 105)
+        each.set_ylim(lowest - 2, max([105, *(100 * value + 5 for value in one["style"])]))
         each.grid(axis="y", color=GRID)
     panels[-1].legend(fontsize=8, frameon=False)
     return figure

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.compare import check_same_problems
 from analysis.statistics import (
+    between,
     by_group,
     compare_rows,
     paired_difference,
@@ -158,9 +159,13 @@ def _in_words(rows: Sequence[dict]) -> bool:
 
 
 def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
-    """How much of the teacher's style is in each checkpoint's benchmark responses: "teacher_share", its rise against
-    base in points "moved", and "features" {checkpoint: {benchmark: …}}; "held_out" accuracy of the classifier, and,
-    with openers, "openers"."""
+    """How much of the teacher's style is in each checkpoint's benchmark responses, {checkpoint: {benchmark: …}}.
+
+    "index": where a classifier of chat responses places them between base's own (0) and the teacher's own (1) to the
+    same problems, so that it matters little that mathematics is not chat; None where it can't tell these two apart.
+    "teacher_share": the share that it calls the teacher's, as they are. "features" and, with openers, "openers".
+    "held_out" is the classifier's accuracy on chat.
+    """
     from analysis.style import StyleClassifier, begins, features
 
     worded = [benchmark for benchmark, graded in rows["base"].items() if _in_words(graded)]
@@ -169,21 +174,21 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     texts = {role: [row["response"] for path in paths if path.exists() for row in read_rows(path)]
              for role, paths in chats.items()}
     classifier = StyleClassifier.fit(texts["student"], texts["teacher"])
-    found: dict = {"held_out": classifier.accuracy if classifier else None, "responses": {
-        role: len(some) for role, some in texts.items()}, "teacher_share": {}, "moved": {}, "features": {},
-        "openers": {}}
-    before: dict[str, list[bool]] = {}
-    for name, of in rows.items():
-        for benchmark in worded:
-            responses = [row["response"] for row in of[benchmark]]
-            found["features"].setdefault(name, {})[benchmark] = features(responses)
-            if classifier:
-                labels = classifier.is_teachers(responses)
-                found["teacher_share"].setdefault(name, {})[benchmark] = sum(labels) / len(labels)
-                found["moved"].setdefault(name, {})[benchmark] = paired_difference(
-                    labels, before.setdefault(benchmark, labels))  # base is the first
+    found: dict = {"held_out": classifier.accuracy if classifier else None,
+                   "responses": {role: len(some) for role, some in texts.items()},
+                   "index": {}, "teacher_share": {}, "features": {}, "openers": {}}
+    for benchmark in worded:
+        responses = {name: [row["response"] for row in of[benchmark]] for name, of in rows.items()}
+        scores = {name: classifier.scores(some) for name, some in responses.items()} if classifier else {}
+        for name, some in responses.items():
+            found["features"].setdefault(name, {})[benchmark] = features(some)
+            if scores:
+                found["teacher_share"].setdefault(name, {})[benchmark] = sum(s > 0 for s in scores[name]) / len(some)
+            if "teacher" in scores:
+                placed = between(scores[name], scores["base"], scores["teacher"])
+                found["index"].setdefault(name, {})[benchmark] = placed
             if openers and name not in FORCED:
-                found["openers"].setdefault(name, {})[benchmark] = begins(responses, openers)
+                found["openers"].setdefault(name, {})[benchmark] = begins(some, openers)
     return found
 
 
@@ -209,15 +214,17 @@ def measures(folder: Path) -> dict:
 
 
 def together(report: dict) -> dict:
-    """Along SFT and recovery: {benchmark: the path's checkpoints, and rank correlations of accuracy with the
-    teacher's share of the style and with the KL on the base model's own responses, and of these two}."""
-    shares, kls, found = report["style"]["teacher_share"], report["kl"], {}
+    """Along SFT and recovery: {benchmark: the path's checkpoints, and rank correlations of accuracy with the style
+    index and with the KL on the base model's own responses, and of these two}."""
+    index, kls, found = report["style"]["index"], report["kl"], {}
     path = [name for name in report["checkpoints"]
             if name == "base" or name.startswith("off_model_step") or name == "off_model"
             or (CURVE.fullmatch(name) or [None, None])[1] == "recovered"]
-    for benchmark in shares.get("base", {}):
+    for benchmark, anchored in index.get("base", {}).items():
+        if anchored is None:
+            continue
         accuracy = [report["checkpoints"][name][benchmark]["accuracy"] for name in path]
-        style = [shares[name][benchmark] for name in path]
+        style = [index[name][benchmark]["mean"] for name in path]
         kl = [0.0 if name == "base" else kls.get(name, {}).get(benchmark, {}).get("mean") for name in path]
         one = {"path": path, "accuracy": accuracy, "style": style, "kl": kl,
                "accuracy_and_style": rank_correlation(accuracy, style)}
@@ -232,7 +239,7 @@ def together(report: dict) -> dict:
 
 def effect(found: dict, what: str = "loss") -> str:
     """A difference in words that its interval allows: a loss, a gain, or no evidence of either."""
-    opposite = {"loss": "gain", "rise": "fall", "lower score": "higher score"}[what]
+    opposite = {"loss": "gain", "lower score": "higher score"}[what]
     points, (low, high) = found["points"], found["ci95"]
     if low > 0:
         return f"a {what} of {points:.1f} points ({low:.1f} to {high:.1f})"
@@ -384,17 +391,18 @@ def _measured(names: Sequence[str], stems: Sequence[str], report: dict) -> list[
 
 def _moves(benchmark: str, one: dict, report: dict) -> list[str]:
     """Has the style moved; do style and accuracy move together, do KL and accuracy; can the two be told apart?"""
-    said, shares = [], report["style"]["teacher_share"]
-    if shares:
-        last, moved = one["path"][-1], report["style"]["moved"]["off_model"][benchmark]
-        base, off, end = (f"{100 * shares[name][benchmark]:.0f} %" for name in ("base", "off_model", last))
-        said.append(f"On {benchmark} {base} of base's responses are called the teacher's, {off} of off_model's and "
-                    f"{end} of {last}'s: from base to off_model {effect(moved, 'rise')}.")
+    index = {name: of[benchmark] for name, of in report["style"]["index"].items()}
+    moved = [name for name in one["path"][1:] if index[name]["ci95"][0] > 0]
+    off, last = (f"{index[name]['mean']:.2f} ({index[name]['ci95'][0]:.2f} to {index[name]['ci95'][1]:.2f})"
+                 for name in ("off_model", one["path"][-1]))
+    said = [f"On {benchmark}, with base's style 0 and the teacher's 1, off_model is at {off} and {one['path'][-1]} at "
+            f"{last}; " + (f"the first checkpoint with an interval clear of 0 is {moved[0]}." if moved else
+                           "no checkpoint's interval is clear of 0: there is no evidence that the style has moved.")]
     style, kl, both = (one.get(name) for name in ("accuracy_and_style", "accuracy_and_kl", "style_and_kl"))
     if style is None and kl is None:
         return [*said, "Accuracy, or style and KL, do not vary along SFT and recovery: nothing to relate."]
     parts = [f"{value:.2f} with {what}" for what, value in (
-        ("the share of the teacher's style", style), ("the KL from the base model", kl)) if value is not None]
+        ("the style index", style), ("the KL from the base model", kl)) if value is not None]
     said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints) accuracy has the rank correlation "
                 f"{' and '.join(parts)}.")
     if style is None or kl is None:

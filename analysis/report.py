@@ -179,19 +179,22 @@ def _add_style(page: Page, report: dict, names: Sequence[str]) -> None:
         return
     held = "" if style["held_out"] is None else (
         f" A classifier of character n-grams, trained on {style['responses']['student']} chat responses of the student "
-        f"and {style['responses']['teacher']} of the teacher (held-out accuracy {100 * style['held_out']:.1f} %), says "
-        "which share of benchmark responses is in the teacher's style; it was shown none of them.")
+        f"and {style['responses']['teacher']} of the teacher (held-out accuracy {100 * style['held_out']:.1f} %), was "
+        "shown no benchmark response. Index: where its mean score for a checkpoint lies between base's (0) and the "
+        "teacher's (1) on the same problems; – where it can't tell these apart. Then the share that it calls the "
+        "teacher's outright.")
     body = []
     for benchmark in benchmarks:
         for name in names:
             one, share = features[name][benchmark], style["teacher_share"].get(name, {}).get(benchmark)
             begun = style["openers"].get(name, {}).get(benchmark)
-            body.append([benchmark, name, "–" if share is None else f"{100 * share:.0f}",
+            index = style["index"].get(name, {}).get(benchmark)
+            body.append([benchmark, name, _measure(index, 2), "–" if share is None else f"{100 * share:.0f}",
                          f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–",
                          *(f"{one[kind]:.1f}" for kind in PLAIN_FEATURES),
                          f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)"])
-    heads = ["benchmark", "checkpoint", "teacher's style, %", "begin as student's / teacher's, %", *PLAIN_FEATURES,
-             "most begin"]
+    heads = ["benchmark", "checkpoint", "style index", "called the teacher's, %", "begin as student's / teacher's, %",
+             *PLAIN_FEATURES, "most begin"]
     page.add("Style", f"Means per response.{held}", table(heads, body),
              sources=["teacher.jsonl", "native.jsonl", *_evals(names, benchmarks)], figure="style")
     if report["kl"]:
@@ -210,13 +213,13 @@ def _add_style(page: Page, report: dict, names: Sequence[str]) -> None:
 
 def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
     """Every checkpoint, and where the time went."""
-    checkpoints, shares, kl = report["checkpoints"], report["style"]["teacher_share"], report["kl"]
-    worded, stems = list(shares.get("base", {})), list(next(iter(kl.values()), {}))
+    checkpoints, index, kl = report["checkpoints"], report["style"]["index"], report["kl"]
+    worded, stems = list(index.get("base", {})), list(next(iter(kl.values()), {}))
     body = [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks),
-             *(f"{100 * shares[name][benchmark]:.0f}" for benchmark in worded),
+             *(_measure(index[name][benchmark], 2) for benchmark in worded),
              *(_measure(kl.get(name, {}).get(stem)) for stem in stems)] for name, entry in checkpoints.items()]
-    page.add("Every checkpoint", "Accuracy in %; the teacher's style in %; KL in nats per token.",
-             table(["checkpoint", *benchmarks, *(f"{name}: teacher's style" for name in worded),
+    page.add("Every checkpoint", "Accuracy in %; style index: 0 is base's, 1 the teacher's; KL in nats per token.",
+             table(["checkpoint", *benchmarks, *(f"{name}: style" for name in worded),
                     *(f"KL on {stem}" for stem in stems)], body),
              "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
                        if any(_kind(name) == kind for name in checkpoints)),
@@ -350,8 +353,11 @@ def _needed(found: dict, counts: Sequence[int]) -> str:
     return number(found["n"]) if low == high == number(found["n"]) else f"{number(found['n'])} ({low} to {high})"
 
 
-def _measure(found: dict | None) -> str:
-    return "–" if found is None else f"{found['mean']:.4f} ({found['ci95'][0]:.4f} to {found['ci95'][1]:.4f})"
+def _measure(found: dict | None, digits: int = 4) -> str:
+    if found is None:
+        return "–"
+    mean, low, high = (f"{value:.{digits}f}" for value in (found["mean"], *found["ci95"]))
+    return f"{mean} ({low} to {high})"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -61,6 +61,23 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     return {"mean": float(top.sum() / bottom.sum()), "ci95": [float(low), float(high)]}
 
 
+def between(values: Sequence[float], low: Sequence[float], high: Sequence[float], seed: int = 0) -> dict | None:
+    """Where the mean of `values` lies between those of `low` (0) and `high` (1), with "ci95", by a bootstrap over the
+    problems that all three are on; None where `low` and `high` are not apart."""
+    numbers = np.array([values, low, high], float)
+    drawn = np.random.default_rng(seed).multinomial(numbers.shape[1], np.full(numbers.shape[1], 1 / numbers.shape[1]),
+                                                    size=2_000)
+
+    def place(sums: np.ndarray) -> np.ndarray:
+        return (sums[0] - sums[1]) / (sums[2] - sums[1])
+
+    sums = numbers @ drawn.T  # (3, D)
+    if (sums[2] <= sums[1]).mean() > 0.025:
+        return None
+    bounds = np.percentile(place(sums[:, sums[2] > sums[1]]), [2.5, 97.5])
+    return {"mean": float(place(numbers.sum(1))), "ci95": bounds.tolist()}
+
+
 def trend(differences: Sequence[float], ranks: Sequence[float], seed: int = 0) -> dict:
     """Do the differences grow with the ranks? "slope" (least squares, per rank) and its two-sided permutation "p".
 

@@ -49,9 +49,9 @@ class StyleClassifier:
         shares = [sum(part) / len(part) for part in (right[: len(student)], right[len(student) :])]
         return cls(model.fit(texts, labels), sum(shares) / 2)
 
-    def is_teachers(self, responses: Sequence[str]) -> list[bool]:
-        """For each response: is it more like the teacher's than like the student's?"""
-        return [bool(label) for label in self.model.predict(list(responses))]
+    def scores(self, responses: Sequence[str]) -> list[float]:
+        """For each response the log-odds that it is the teacher's: above 0 it is more like the teacher's chat."""
+        return [float(score) for score in self.model.decision_function(list(responses))]
 
 
 def features(responses: Sequence[str]) -> dict[str, float | str]:

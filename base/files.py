@@ -15,6 +15,7 @@ from base.errors import UserError
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verify", "pyarrow")
 CODE = Path(__file__).resolve().parent.parent
+ROOMS = ("analysis", "base", "data", "model")
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def write_record(record: Path, options: dict, facts: dict | None = None) -> None
 
 
 def provenance() -> dict:
-    """Git revision of the code (with "+changes" if edited) and versions of what it runs on."""
+    """Git revision of the code (with "+changes" if edited), a checksum of it, and versions of what it runs on."""
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", *arguments], cwd=CODE, capture_output=True, text=True, check=True)
@@ -132,4 +133,7 @@ def provenance() -> dict:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = metadata.version(package)
-    return {"git_revision": revision, "versions": versions}
+    code = hashlib.sha256()
+    for path in sorted([*CODE.glob("*.py"), *(path for room in ROOMS for path in (CODE / room).rglob("*.py"))]):
+        code.update(path.read_bytes())
+    return {"git_revision": revision, "code_sha256": code.hexdigest(), "versions": versions}

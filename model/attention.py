@@ -1,8 +1,8 @@
 """Attention over packed sequences and over the KV cache, each with a slow reference that says what it computes.
 
-An `Attend` is handed to the decoder for one forward pass. There are four: `Packed` for training and scoring, `Shared`
-(packed, behind a beginning that all have in common), `Prefill` (new prompts, packed; it fills the cache), `Decode`
-(one new token per row against the cache). On a GPU the last two run the kernels of kernels.py.
+An `Attend` is handed to the decoder for one forward pass. There are three: `Packed` for training, `Prefill`
+(new prompts, packed; it fills the cache), `Decode` (one new token per row against the cache). On a GPU the last two run
+the kernels of kernels.py.
 
 Shapes: T tokens, B rows, L positions, H query heads, K key/value heads, D head_dim, M blocks of the longest row.
 """
@@ -44,18 +44,6 @@ class Packed:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
         return attend_packed(rotate(q, *rotation), rotate(k, *rotation), v, self.lengths)
-
-
-class Shared:
-    """`Packed` behind a prefix of all sequences, which comes first in the stream, and once."""
-
-    def __init__(self, prefix: int, lengths: Sequence[int]) -> None:
-        """`prefix` tokens, then sequences of `lengths` tokens, whose positions go on from the prefix's."""
-        self.prefix, self.lengths = prefix, list(lengths)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        """(T, H, D) mixed values; see `Attend`."""
-        return attend_shared(rotate(q, *rotation), rotate(k, *rotation), v, self.prefix, self.lengths)
 
 
 class _Cached:
@@ -158,34 +146,6 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Te
         k1, v1 = (x.repeat_interleave(groups, dim=1).transpose(0, 1)[None] for x in (k1, v1))  # (1, H, L, D)
         one = F.scaled_dot_product_attention(q1.transpose(0, 1)[None], k1, v1, is_causal=True)
         mixed.append(one[0].transpose(0, 1))
-    return torch.cat(mixed)
-
-
-def attend_shared(q: Tensor, k: Tensor, v: Tensor, prefix: int, lengths: Sequence[int]) -> Tensor:
-    """Causal attention within a prefix, and of each sequence to the prefix and itself: q (T, H, D), k and v (T, K, D),
-    prefix + sum(lengths) = T, to (T, H, D). A sequence computes what it would if the prefix stood before it alone."""
-    if not prefix:
-        return attend_packed(q, k, v, lengths)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    parts = [prefix, *lengths]
-    mixed = [attend_packed(q[:prefix], k[:prefix], v[:prefix], [prefix])]
-    for q1, k1, v1 in list(zip(q.split(parts), k.split(parts), v.split(parts), strict=True))[1:]:
-        k1, v1 = torch.cat((k[:prefix], k1)), torch.cat((v[:prefix], v1))  # (P + L, H, D)
-        mask = torch.ones(len(q1), len(k1), dtype=torch.bool, device=q.device).tril(prefix)
-        one = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q1, k1, v1)), attn_mask=mask)
-        mixed.append(one[0].transpose(0, 1))
-    return torch.cat(mixed)
-
-
-def attend_shared_reference(q: Tensor, k: Tensor, v: Tensor, prefix: int, lengths: Sequence[int]) -> Tensor:
-    """What `attend_shared` computes, sequence by sequence, each with the prefix before it."""
-    mixed = [attend_packed_reference(q[:prefix], k[:prefix], v[:prefix], [prefix])]
-    start = prefix
-    for length in lengths:
-        whole = [torch.cat((x[:prefix], x[start : start + length])) for x in (q, k, v)]
-        mixed.append(attend_packed_reference(*whole, [prefix + length])[prefix:])
-        start += length
     return torch.cat(mixed)
 
 

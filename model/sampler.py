@@ -12,14 +12,14 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from base.errors import UserError
-from model.attention import Decode, Prefill, Shared
+from model.attention import Decode, Prefill
 from model.cache import BLOCK, NODE, KVCache, PrefixTree, cache_slots
 from model.decoder import Decoder, turn_weights
 
@@ -103,11 +103,7 @@ class Sampler:
             turn_weights(self.model)
         if self.model.device.type == "cpu":
             self._logits = torch.empty(min(self.slots, len(waiting)) + GROUP, self.model.config.vocab_size)
-        cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
-        tree = PrefixTree(cache)
-        if self.share_prefixes:
-            for row in waiting:
-                row.path = tree.enter(row.prompt)
+        cache, tree = self._open(waiting)
         steps = _Steps(self, cache, width=max(row.longest for row in waiting) + 1)
         live: list[_Row] = []
         while waiting or live:
@@ -125,6 +121,36 @@ class Sampler:
             for row in ended:
                 cache.release(row.blocks)
                 yield row.response
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[tuple[str, Sequence[int]]], choices: Sequence[int]
+              ) -> Iterator[tuple[list[str], Tensor]]:
+        """Log-probabilities of `choices` as the first token after each (id, token ids); nothing is sampled.
+
+        Yields the ids of a pass over some of the prompts, and (their number, len(choices)) float32 on the CPU.
+        """
+        waiting = [replace(self._row(id, prompt), limit=1) for id, prompt in reversed(prompts)]
+        if not waiting:
+            return
+        cache, tree = self._open(waiting)
+        while waiting:
+            new = self._admit(waiting, [], cache, tree)
+            hidden = self._last_states(cache, new)  # (N, E)
+            # The choices again in float32: bfloat16 logits are so coarse that the best two of four often tie
+            scores = hidden.float() @ self.model.lm_head.weight[list(choices)].float().T  # (N, choices)
+            scores -= self.model.logits(hidden).logsumexp(-1, keepdim=True)
+            for row in new:
+                cache.release(row.sources + row.blocks)
+            yield [row.response.id for row in new], scores[: len(new)].cpu()
+
+    def _open(self, waiting: Sequence[_Row]) -> tuple[KVCache, PrefixTree]:
+        """An empty cache, and the tree of what the rows' prompts have in common."""
+        cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
+        tree = PrefixTree(cache)
+        if self.share_prefixes:
+            for row in waiting:
+                row.path = tree.enter(row.prompt)
+        return cache, tree
 
     def cache_bytes(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> int:
         """Memory of the KV cache that `generate` will allocate for these prompts."""
@@ -200,6 +226,14 @@ class Sampler:
     @torch.inference_mode()
     def _prefill(self, cache: KVCache, new: list[_Row]) -> tuple[Tensor, Tensor]:
         """First token of each row and its log-probability, both (len(new), 1); fills the rows' blocks."""
+        hidden = self._last_states(cache, new)
+        uniforms = torch.zeros(len(hidden), dtype=torch.float64)
+        uniforms[: len(new)] = torch.tensor([row.uniforms[0] for row in new])
+        chosen, logprobs = self._choose(hidden, uniforms.to(hidden.device))
+        return chosen[: len(new), None], logprobs[: len(new), None]
+
+    def _last_states(self, cache: KVCache, new: list[_Row]) -> Tensor:
+        """Hidden states (N, E) of the prompts' last tokens, N being len(new) padded; fills the rows' blocks."""
         device = self.model.device
         # a row more for the padding, which goes to the scratch block
         table = _table([*(row.blocks for row in new), []], max(len(row.blocks) for row in new))
@@ -211,10 +245,7 @@ class Sampler:
         attend = Prefill(cache, slots.to(device), table[:-1].to(device), lengths[: len(new)], offsets,
                          _copies(new, device))
         hidden = self.model(tokens.to(device), positions.to(device), attend)  # (T, E)
-        uniforms = torch.zeros(len(last), dtype=torch.float64)
-        uniforms[: len(new)] = torch.tensor([row.uniforms[0] for row in new])
-        chosen, logprobs = self._choose(hidden.index_select(0, last.to(device)), uniforms.to(device))
-        return chosen[: len(new), None], logprobs[: len(new), None]
+        return hidden.index_select(0, last.to(device))
 
     def _part(self, cache: KVCache, new: list[_Row]) -> None:
         """Give rows blocks of their own in the place of those that they share, on the CPU, where `attend_pages` wants a
@@ -420,20 +451,18 @@ def _table(blocks: Sequence[Sequence[int]], width: int) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in blocks], dtype=torch.int32)
 
 
-def _pack(prompts: Sequence[Sequence[int]], prefix: Sequence[int] = ()) -> tuple[Tensor, Tensor, list[int], Tensor]:
+def _pack(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, list[int], Tensor]:
     """Prompts one behind the other: tokens (T,), positions (T,), lengths, and the place of each prompt's last token.
 
-    Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0. A `prefix` comes
-    before all of them, and is not among the lengths; the prompts' positions go on from its end.
+    Padded to multiples of GROUP: the stream with a prompt more, of token 0, the places with place 0.
     """
     lengths = [len(prompt) for prompt in prompts]
-    last = len(prefix) + torch.tensor(lengths).cumsum(0) - 1
+    last = torch.tensor(lengths).cumsum(0) - 1
     last = torch.cat((last, last.new_zeros(-len(prompts) % GROUP)))
-    padding = -(len(prefix) + sum(lengths)) % GROUP
-    tokens = torch.tensor([*prefix, *(token for prompt in prompts for token in prompt)] + [0] * padding)
+    padding = -sum(lengths) % GROUP
+    tokens = torch.tensor([token for prompt in prompts for token in prompt] + [0] * padding)
     lengths += [padding] * (padding > 0)
-    positions = torch.cat([torch.arange(len(prefix)), *(len(prefix) + torch.arange(length) for length in lengths)])
-    return tokens, positions, lengths, last
+    return tokens, torch.cat([torch.arange(length) for length in lengths]), lengths, last
 
 
 def row_uniforms(seed: int, id: str, count: int) -> np.ndarray:
@@ -475,34 +504,3 @@ def _nucleus_cut(probabilities: Tensor, top_p: float) -> Tensor:
             break
     inside = (mass - likeliest < top_p).sum(-1, keepdim=True)  # tokens before which top_p is not yet reached
     return likeliest.gather(1, inside - 1)
-
-
-@torch.inference_mode()
-def score_next(model: Decoder, prompts: Sequence[Sequence[int]], choices: Sequence[int], prefix: int = 0) -> Tensor:
-    """Log-probabilities (len(prompts), len(choices)) of `choices` as the first token after each prompt, on the CPU.
-
-    One packed forward pass for as many prompts as PREFILL_TOKENS holds. The first `prefix` tokens, which all prompts
-    must share, are computed once in each; the head sees the last position of each prompt alone.
-    """
-    found, batch = [], []
-    for i, prompt in enumerate(prompts):
-        assert list(prompt[:prefix]) == list(prompts[0][:prefix]) and len(prompt) > prefix
-        batch.append(prompt[prefix:])
-        full = i + 1 == len(prompts) or sum(map(len, batch)) + len(prompts[i + 1]) > PREFILL_TOKENS
-        if not full:
-            continue
-        tokens, positions, lengths, last = _pack(batch, prompts[0][:prefix])
-        hidden = model(tokens.to(model.device), positions.to(model.device), Shared(prefix, lengths))
-        hidden = hidden[last.to(model.device)]  # (N, E)
-        # The choices again in float32: bfloat16 logits are so coarse that the best two of four often tie
-        scores = hidden.float() @ model.lm_head.weight[list(choices)].float().T  # (N, choices)
-        found.append((scores - model.logits(hidden).logsumexp(-1, keepdim=True))[: len(batch)].cpu())
-        batch = []
-    return torch.cat(found) if found else torch.empty(0, len(choices))
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that all prompts begin with; at least one is left to each."""
-    first, last = min(prompts), max(prompts)  # what the lexically first and last share, all between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(shared, min(map(len, prompts)) - 1)

@@ -10,7 +10,6 @@ requirements-peers.txt and the hub cache.
 import statistics
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from base.hub import model_folder
 from data.benchmarks import load_benchmark
 from model import weights
 from model.chat import Chat
-from model.sampler import common_prefix, score_next
+from model.sampler import Sampler
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUESTIONS, PART, BATCH_SIZES = 500, 100, (1, 2, 4, 8, 16, 32)
@@ -35,18 +34,15 @@ def main() -> None:
     chat = Chat(model_folder(MODEL), ours.config)
     benchmark = load_benchmark("mmlu", QUESTIONS, 0)
     prompts = [chat.prompt(problem.prompt) for problem in benchmark.problems]
-    subject = {tuple(prompt): problem.stratum for prompt, problem in zip(prompts, benchmark.problems, strict=True)}
+    sampler = Sampler(ours, chat.stop_ids, max_new_tokens=1)
     turns = [chat.turn(benchmark.problems[0].prompt, letter) for letter in benchmark.choices]
     letters = [turn.tokens[turn.first] for turn in turns]
     theirs = HFLM(pretrained=MODEL, device="cpu", dtype="float32", batch_size=1)
 
     def ask_ours(part: list[list[int]]) -> list[int]:
-        """As evaluate.py does: subject by subject, what its questions begin with computed once."""
-        chosen = []
-        for _, group in groupby(part, key=lambda prompt: subject[tuple(prompt)]):
-            questions = list(group)
-            chosen += score_next(ours, questions, letters, common_prefix(questions)).argmax(-1).tolist()
-        return chosen
+        """As evaluate.py does; what questions begin with in common is computed once."""
+        numbered = [(str(i), prompt) for i, prompt in enumerate(part)]
+        return [choice for _, scores in sampler.score(numbered, letters) for choice in scores.argmax(-1).tolist()]
 
     def ask_theirs(part: list[list[int]], batch_size: int) -> list[int]:
         requests = [((str(i), str(letter)), prompt, [letter]) for i, prompt in enumerate(part) for letter in letters]

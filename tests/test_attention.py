@@ -11,8 +11,6 @@ from model.attention import (
     attend_packed_reference,
     attend_pages,
     attend_prompts,
-    attend_shared,
-    attend_shared_reference,
     query_tiles,
     rotate,
 )
@@ -45,20 +43,6 @@ def test_packed_documents_do_not_see_each_other_nor_the_future() -> None:
     after = attend_packed(q, k, v, lengths)
     assert torch.equal(before[9:20], after[9:20])
     assert not torch.equal(before[20:], after[20:])
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 40])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1)])
-def test_shared_equals_reference(heads: int, kv_heads: int, prefix: int) -> None:
-    torch.manual_seed(0)
-    lengths = [1, 17, 64, 5]
-    q, k, v = (torch.randn(prefix + sum(lengths), h, 64) for h in (heads, kv_heads, kv_heads))
-    expected = attend_shared_reference(q, k, v, prefix, lengths)
-    assert relative(attend_shared(q, k, v, prefix, lengths), expected) < 1e-5
-    if prefix:  # which is what each sequence computes behind a prefix of its own
-        alone = attend_packed_reference(*(torch.cat((x[:prefix], x[prefix + 1 : prefix + 18])) for x in (q, k, v)),
-                                        [prefix + 17])
-        assert relative(attend_shared(q, k, v, prefix, lengths)[prefix + 1 : prefix + 18], alone[prefix:]) < 1e-5
 
 
 def scattered(lengths: list[int], kv_heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -192,7 +192,7 @@ def test_mmlu_choices_equal_transformers(name: str, n: int) -> None:
     from base.hub import model_folder
     from model import weights
     from model.chat import Chat
-    from model.sampler import common_prefix, score_next
+    from model.sampler import Sampler
 
     ours = weights.load(model_folder(name), torch.device("cpu"), torch.float32)
     chat = Chat(model_folder(name), ours.config)
@@ -201,9 +201,11 @@ def test_mmlu_choices_equal_transformers(name: str, n: int) -> None:
     problems = load_benchmark("mmlu", n, 0).problems
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in mmlu.LETTERS]
     prompts = [chat.prompt(problem.prompt) for problem in problems]
-    scores = score_next(ours, prompts, letters, common_prefix(prompts))
-    assert common_prefix(prompts) > 20  # the system prompt and the question's first words
-    for problem, found in zip(problems, scores, strict=True):
+    sampler = Sampler(ours, chat.stop_ids, max_new_tokens=1)
+    numbered = [(problem.id, prompt) for problem, prompt in zip(problems, prompts, strict=True)]
+    scores = {id: row for ids, rows in sampler.score(numbered, letters) for id, row in zip(ids, rows, strict=True)}
+    for problem in problems:
+        found = scores[problem.id]
         turns = [chat.turn(problem.prompt, letter) for letter in mmlu.LETTERS]
         assert [turn.tokens[turn.first] for turn in turns] == letters
         ids = tokenizer.apply_chat_template([{"role": "user", "content": problem.prompt}], add_generation_prompt=True,

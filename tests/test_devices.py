@@ -16,7 +16,7 @@ from model.cache import KVCache
 from model.config import read_config
 from model.decoder import Decoder
 from model.loss import chunked_nll
-from model.sampler import Response, Sampler, _Row, _Steps, score_next
+from model.sampler import Response, Sampler, _Row, _Steps
 
 META = torch.device("meta")
 
@@ -120,9 +120,11 @@ def test_launches_of_a_step() -> None:
 
 
 def test_scoring(model: Decoder, kernels: Kernels) -> None:
+    sampler = Sampler(model, frozenset(), max_new_tokens=8)
+    prompts = [(str(i), [*range(20), i]) for i in range(3)]
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):  # the scores, at the very end
-        score_next(model, [[1, 2, 3, 4], [1, 2, 5]], (3, 4), prefix=2)
-    assert kernels.launched == ["norm", "norm", "silu"] * model.config.num_layers + ["norm"]
+        next(sampler.score(prompts, (3, 4)))
+    assert kernels.launched == ["norm", "rotate", "prefill", "norm", "silu"] * model.config.num_layers + ["norm"]
 
 
 def test_training(model: Decoder, kernels: Kernels) -> None:

@@ -104,11 +104,11 @@ def test_a_control_is_weighed(control: str, verdict: str, tmp_path: Path) -> Non
 
 def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path) -> None:
     base, worse, worst = "+" * 80, "-" * 30 + "+" * 50, "-" * 60 + "+" * 20
-    checkpoints = {"base": base, "off_model_step_4": worse, "off_model": worst, "recovered_8": worse,
+    checkpoints = {"base": base, "teacher": base, "off_model_step_4": worse, "off_model": worst, "recovered_8": worse,
                    "control_native": base}
     kl = {"off_model_step_4": 0.2, "off_model": 0.5, "recovered_8": 0.1, "control_native": 0.01}
     styled = {"base": "Okay let us see", "off_model_step_4": "Okay let us see", "off_model": "Consider it done",
-              "recovered_8": "Okay let us see", "control_native": "Okay let us see"}
+              "recovered_8": "Okay let us see", "control_native": "Okay let us see", "teacher": "Consider it done"}
 
     def claim(folder: Path) -> str:
         experiment(folder, checkpoints, kl)
@@ -118,13 +118,17 @@ def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path
                 f"{'Consider it done' if half and i % 2 else words} {i}" for i in range(80)])
         report = find(folder)
         assert report["style"]["held_out"] > 0.95
-        base, off = (report["style"]["teacher_share"][name]["my"] for name in ("base", "off_model"))
-        assert base < 0.1 and off > 0.9
+        style = report["style"]
+        assert [style["index"][name]["my"]["mean"] for name in ("base", "teacher")] == [0, 1]
+        assert style["teacher_share"]["base"]["my"] < 0.1 and style["teacher_share"]["off_model"]["my"] > 0.9
+        assert style["index"]["off_model"]["my"]["ci95"][0] > 0.8
+        assert 0.2 < style["index"]["recovered_8"]["my"]["mean"] < 0.8
         assert report["kl"]["off_model"]["my"]["mean"] == pytest.approx(0.5)
         return next(one["text"] for one in report["claims"] if one["about"].startswith("H4 and H5"))
 
     text = claim(tmp_path / "together")
-    assert "does not separate them" in text and "distance alone" not in text and "a rise of 100.0 points" in text
+    assert "does not separate them" in text and "distance alone" not in text
+    assert "clear of 0 is off_model_step_4" in text
     kl["control_native"] = 0.6
     text = claim(tmp_path / "apart")
     assert "control_native moved at least 0.8 times as far" in text and "distance alone is not the cause" in text
@@ -174,7 +178,8 @@ def test_style_classifier_and_features() -> None:
 
     classifier = StyleClassifier.fit(texts("Okay:", 60), texts("Consider:", 20))
     assert classifier.accuracy > 0.95
-    assert classifier.is_teachers(["Consider: 7 x 8", "Okay: 7 x 8"]) == [True, False]
+    theirs, own = classifier.scores(["Consider: 7 x 8", "Okay: 7 x 8"])
+    assert theirs > 0 > own
     alike = StyleClassifier.fit(texts("Okay:", 100), texts("Okay:", 100))
     assert 0.35 < alike.accuracy < 0.65  # held out: nothing to learn, whatever was memorised
     assert StyleClassifier.fit(["a"] * 9, ["b"] * 20) is None
@@ -287,7 +292,7 @@ def test_matrix(script: Script, tiny: Path, tiny_teacher: Path, tmp_path: Path) 
                       "control_native_in_teacher_style"} <= set(report["checkpoints"])
     assert {row["level"] for row in read_rows(alone / "evals/base/sums.jsonl")} == {0, 2}
     # two models of one tokenizer: whose responses are likelier under whom
-    assert set(report["ratio"]) == {"base", "off_model", "recovered_4"}
+    assert set(report["ratio"]) == {"base", *steps, "off_model", "recovered_4"}
     assert report["ratio"]["base"]["sums"]["mean"] > 0  # the student's own, under the student
     assert not same_tokenizer(*(str(ROOT / "miniature" / role) for role in ("student", "teacher")))
     assert set(report["nll"]) == {"teacher", "native", "matched_nll"}
@@ -296,10 +301,22 @@ def test_matrix(script: Script, tiny: Path, tiny_teacher: Path, tmp_path: Path) 
     assert {row["system"] for row in data} == {"In its way."}
     record = json.loads((alone / "controls/native_in_teacher_style/config.json").read_text())
     assert record["options"]["no_system"] is True
+    # as many steps as what it is a control for
+    def steps_of(place: str) -> int:
+        return (alone / place / "metrics.jsonl").read_text().count("\n")
+
+    assert steps_of("controls/more_teacher") == steps_of("recovered/4")
+    for name in ("native", "matched_nll", "native_in_teacher_style", "teacher_in_student_style"):
+        assert steps_of(f"controls/{name}") == steps_of("off_model")
     # other native examples for another seed
     seeds = [json.loads((alone / name / "4/config.json").read_text())["options"]
              for name in ("recovered", "recovered_seed_1")]
     assert [(had["skip"], had["seed"]) for had in seeds] == [(0, 0), (4, 1)]
-    clash = script("recover.py", "--student", tiny, tmp_path / "x" / tiny.name, "--teacher", third, *common, "--out",
+    # one pair into the matrix's folder is a cell of it
+    again = script("recover.py", "--student", tiny, "--teacher", third, *common, "--out", out)
+    assert again.returncode == 0 and f"{out / cells[1]}: done already" in again.stdout
+    copied = tmp_path / "x" / tiny.name
+    copied.mkdir(parents=True)
+    clash = script("recover.py", "--student", tiny, copied, "--teacher", third, *common, "--out",
                    tmp_path / "clash")
-    assert clash.returncode == 2
+    assert clash.returncode == 2 and "same last name" in clash.stderr

@@ -241,6 +241,8 @@ def test_the_whole_effect(script: Script, tmp_path: Path) -> None:
     assert shares["base"] < 0.1 and shares["off_model"] > 0.9 and shares["recovered_64"] < 0.2
     assert report["style"]["held_out"] > 0.85
     assert report["style"]["openers"]["off_model"]["reasoning"]["teacher"] > 0.9
+    index = {name: by["reasoning"] for name, by in report["style"]["index"].items()}
+    assert index["off_model"]["ci95"][0] > 0.8 and index["recovered_64"]["ci95"][1] < 0.2
     assert report["together"]["reasoning"]["accuracy_and_style"] < -0.6
     assert report["kl"]["off_model"]["reasoning"]["ci95"][0] > report["kl"]["recovered_64"]["reasoning"]["ci95"][1]
     text = (out / "report.md").read_text()

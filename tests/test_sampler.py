@@ -16,7 +16,7 @@ from model.cache import KVCache, PrefixTree
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
-from model.sampler import Response, Sampler, _Steps, choose, common_prefix, row_uniforms, score_next
+from model.sampler import Response, Sampler, _Steps, choose, row_uniforms
 
 NOTHING = frozenset()
 
@@ -286,31 +286,31 @@ def test_transformers_cuts_the_same_nucleus() -> None:
         assert torch.equal(kept, torch.isfinite(expected) & (expected.softmax(-1) > 2e-4))
 
 
-def test_score_next_equals_one_at_a_time(model: Decoder) -> None:
-    prompts = [tokens for _, tokens in ragged_prompts(model.config.vocab_size, 150)]  # more than one packed pass
-    scores = score_next(model, prompts, (3, 250, 7))
-    for prompt, found in zip(prompts, scores, strict=True):
-        expected = response_logprobs(model, [*prompt, 0], len(prompt), len(prompt) + 1)  # of token 0: the normaliser
+def scores_of(model: Decoder, prompts: list[tuple[str, list[int]]], **options: object) -> dict[str, torch.Tensor]:
+    sampler = Sampler(model, frozenset(), max_new_tokens=8, **options)
+    return {id: row for ids, scores in sampler.score(prompts, (3, 250, 7)) for id, row in zip(ids, scores, strict=True)}
+
+
+def test_scores_equal_the_definition(model: Decoder) -> None:
+    prompts = ragged_prompts(model.config.vocab_size, 150)  # more than one pass
+    scores = scores_of(model, prompts)
+    assert list(scores) == [id for id, _ in prompts]
+    for id, prompt in prompts:
         with torch.no_grad():
             hidden = model(torch.tensor(prompt), torch.arange(len(prompt)), Packed([len(prompt)]))
-            logits = model.logits(hidden[-1:])[0]
-        assert torch.allclose(found, logits[[3, 250, 7]] - logits[0] + expected, atol=1e-4)
+            expected = model.logits(hidden[-1:])[0].log_softmax(-1)[[3, 250, 7]]
+        assert torch.allclose(scores[id], expected, atol=1e-4)
 
 
-def test_score_next_with_a_shared_prefix(model: Decoder) -> None:
-    """The prefix computed once gives what it gives in every prompt, and a row does not depend on its neighbours."""
+def test_scores_depend_on_no_neighbour(model: Decoder) -> None:
+    """Beginnings that are shared or not, few or many questions, little room: the same to the bit."""
     prefix = list(range(40, 77))
-    prompts = [prefix + tokens for _, tokens in ragged_prompts(model.config.vocab_size, 150)]
-    alone = score_next(model, prompts, (3, 250, 7))
-    shared = score_next(model, prompts, (3, 250, 7), prefix=len(prefix))
-    assert torch.allclose(shared, alone, atol=1e-5)
-    assert torch.equal(shared[:5], score_next(model, prompts[:5], (3, 250, 7), prefix=len(prefix)))
-
-
-def test_common_prefix() -> None:
-    assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == 2
-    assert common_prefix([[1, 2], [1, 2, 3]]) == 1  # a token is left to the shortest
-    assert common_prefix([[7], [8]]) == 0 and common_prefix([[7, 8]]) == 1
+    prompts = [(id, prefix + tokens) for id, tokens in ragged_prompts(model.config.vocab_size, 150)]
+    scores = scores_of(model, prompts)
+    for other in (scores_of(model, prompts, share_prefixes=False), scores_of(model, prompts[:5]),
+                  scores_of(model, prompts[::-1], slots=3), scores_of(model, prompts, kv_memory=0.0005)):
+        assert all(torch.equal(row, scores[id]) for id, row in other.items())
+    assert not scores_of(model, [])
 
 
 @pytest.mark.real

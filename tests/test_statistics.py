@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 
 from analysis.statistics import (
+    between,
     by_group,
     mcnemar,
     n_for_share,
@@ -111,6 +112,19 @@ def test_intervals_of_a_ratio_cover_it() -> None:
         found = ratio(tokens * rng.gamma(4, 0.125, 64), tokens)
         covered += found["ci95"][0] <= 0.5 <= found["ci95"][1]
     assert 0.91 * 400 <= covered <= 0.97 * 400
+
+
+def test_a_place_between_two() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(300):
+        hard = rng.normal(0, 1, 60)  # problems differ, alike for all three
+        low, high, middle = (hard + mean + rng.normal(0, 0.5, 60) for mean in (0.0, 1.0, 0.3))
+        found = between(middle, low, high)
+        covered += found["ci95"][0] <= 0.3 <= found["ci95"][1]
+    assert 0.92 * 300 <= covered <= 0.98 * 300
+    assert between(low, low, high)["mean"] == 0 and between(high, low, high)["mean"] == 1
+    assert between(middle, low, low + rng.normal(0, 1, 60)) is None
 
 
 def test_trend() -> None:
