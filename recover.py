@@ -50,13 +50,13 @@ MODEL = ("device", "dtype", "template_options", "today")
 CELLS = "*--*/config.json"  # of a matrix: a folder a pair
 NOISES = 3  # seeds of the noise
 SCALES = (0.25, 0.5, 0.75, 1.25)  # of the off-model adapter; 0 is base, 1 is off_model
-HOTTEST, TRIALS, TRIAL_ROWS = 2.0, 5, 48  # the search for a temperature
+HOTTEST, TRIALS = 2.0, 6  # the search for a temperature
 MINIATURE = Path(os.path.relpath(Path(__file__).resolve().parent / "miniature"))
 PRESETS = {
     "mini": {
         "student": [str(MINIATURE / "student")], "teacher": [str(MINIATURE / "teacher")], "prompts": "mini",
         "n_train": 384, "benchmarks": ["reasoning", "recall", "format"], "n": 500, "max_new_tokens": 128,
-        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "recover_seeds": 2, "keep_every": 12,
+        "recover_with": [4, 8, 16, 32, 64], "recover_steps": 24, "recover_seeds": 2, "keep_every": 12, "measure_n": 192,
         "openers": ["Okay", "Consider"],
         "rank": 8, "lr": 2e-3, "schedule": "linear", "warmup": 0.0, "epochs": 4, "batch_tokens": 448,
         "recover_lr": 1e-3, "recover_batch_tokens": 160, "out": Path("runs/mini"),
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-system", nargs="+", default=[], metavar="TEXT",
                         help="evaluate base and off-model student under these system prompts too")
     parser.add_argument("--measure-n", type=positive_int, default=64, metavar="N",
-                        help="responses of each kind that likelihood and KL are measured on")
+                        help="responses of each kind that likelihood and KL are measured on, and temperatures tried")
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
     parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")
@@ -348,7 +348,7 @@ def matching_temperature(pair: Pair, likelihood: Path) -> float:
     for _ in range(TRIALS):
         middle = (low + high) / 2
         trial = pair.respond(f"controls/trials/{middle}.jsonl", pair.student, "--skip", 0, "--n",
-                             min(pair.args.n_train, TRIAL_ROWS), "--temperature", middle)
+                             min(pair.args.n_train, pair.args.measure_n), "--temperature", middle)
         rows = read_rows(trial)
         nll = -sum(row["logprob"] for row in rows) / sum(row["response_tokens"] for row in rows)
         misses[middle] = abs(nll - target)

@@ -1,6 +1,5 @@
 """The report's figures, in one style, legible at the width of a README."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +23,11 @@ def draw_all(report: dict, folder: Path) -> list[str]:
     path = report["together"].get(benchmark)
     figures = {
         "accuracy": (draw_accuracy, True),
-        "overview": (draw_overview, benchmark and arms(list(report["checkpoints"]))),
+        "overview": (draw_overview, benchmark and report["checkpoints"]["base"][benchmark]["by_level"]
+                     and arms(list(report["checkpoints"]))),
         "recovery": (draw_recovery, arms(list(report["checkpoints"]))),
-        "style": (draw_style, path and len(path["path"]) > 2),
-        "distance": (draw_distance, report["kl"]),
+        "style": (draw_style, path and path["style"] and len(path["path"]) > 2),
+        "distance": (draw_distance, benchmark and report["kl"]),
     }
     drawn = []
     for name, (draw, there) in figures.items():
@@ -47,7 +47,7 @@ def main_benchmark(report: dict) -> str | None:
 
 def colour(checkpoint: str) -> str:
     """A checkpoint's colour, by its kind."""
-    return COLOURS[next(kind for kind in COLOURS if checkpoint.startswith(kind))]
+    return COLOURS[next((kind for kind in COLOURS if checkpoint.startswith(kind)), "teacher")]
 
 
 def new_figure(columns: int, height: float, width: float = 3.4) -> tuple["Figure", Sequence["Axes"]]:
@@ -176,7 +176,7 @@ def draw_style(report: dict) -> "Figure":
     axes.plot([100 * value for value in one["accuracy"]], "-o", color=COLOURS["base"], markersize=5, label="accuracy")
     axes.plot([100 * value for value in one["style"]], "--s", color=COLOURS["off_model"], markersize=5,
               label="style: 0 base's, 100 the teacher's")
-    short = [re.sub("off_model_step_", "", name.replace("recovered_", "+")) for name in names]
+    short = [name.replace("off_model_step_", "").replace("recovered_", "+") for name in names]
     axes.set_xticks(range(len(names)), short, rotation=60, fontsize=8)
     _label(axes, f"{benchmark}: SFT, then recovery", "steps of SFT, then + native examples", "%")
     if both:

@@ -7,14 +7,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from analysis.compare import check_same_problems
 from analysis.statistics import (
     between,
     by_group,
     compare_rows,
+    correlation,
     paired_difference,
     quarters,
-    rank_correlation,
     ratio,
     recovery,
     summarise,
@@ -27,12 +29,12 @@ Rows = dict[str, dict[str, list[dict]]]  # graded rows by checkpoint and benchma
 # In this order, by the beginning of their names; numbers in names count as numbers
 ORDER = ("base", "teacher", "off_model_step", "off_model", "recovered", "scaled", "base_in", "off_model_in",
          "base_under", "off_model_under", "control")
-CURVE = re.compile(r"(recovered(?:_in_\d+_steps|_seed_\d+)?)_(\d+)")  # an arm of the recovery, and N
+CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?(?:_seed_\d+)?)_(\d+)")  # an arm of the recovery, and N
 FORCED = ("base_in_teacher_style", "off_model_in_student_style")
-SOURCE_AND_STYLE = (  # the 2 × 2: whose responses (rows), in whose style (columns)
-    ("the student's", "control_native", "control_native_in_teacher_style"),
-    ("the teacher's", "control_teacher_in_student_style", "off_model"),
-)
+SOURCE_AND_STYLE = ("control_native", "control_native_in_teacher_style", "control_teacher_in_student_style")
+
+
+LEAST_PATH = 6  # checkpoints, below which a correlation says nothing
 
 
 def find(folder: Path) -> dict:
@@ -53,7 +55,7 @@ def find(folder: Path) -> dict:
     report["difficulty"] = difficulty(rows) if "off_model" in rows else {}
     report["style"] = styles(folder, rows, options.get("openers"))
     report |= measures(folder)
-    report["together"] = together(report)
+    report["together"] = together(report, rows)
     report["claims"] = claims(report, rows)
     report["seconds"] = {place: stage["seconds"] for place, stage in stages.items()}
     return report
@@ -111,16 +113,14 @@ def arms(names: Sequence[str]) -> dict[str, list[int]]:
 
 def recoveries(rows: Rows) -> dict:
     """What native examples brought back, seeds taken together: for the arm by epochs "recovered_fraction" {benchmark:
-    {N: share}}, "recovered_ci95" and "n80"; for the one of S steps the same behind "recovered_in_S_steps_"."""
-    found: dict[str, dict] = {"recovered_fraction": {}, "recovered_ci95": {}, "n80": {}}
+    {N: share}}, "recovered_ci95" and "recovered_n80"; for the one of S steps the same behind "recovered_in_S_steps"."""
+    found: dict[str, dict] = {"recovered_fraction": {}, "recovered_ci95": {}, "recovered_n80": {}}
     there = arms(list(rows))
     for arm in there:
         if "_seed_" in arm or "off_model" not in rows:
             continue
         runs = [arm, *(other for other in there if other.startswith(f"{arm}_seed_"))]
-        prefix = "" if arm == "recovered" else f"{arm}_"
-        names = ("recovered_fraction" if not prefix else f"{arm}_fraction",
-                 "recovered_ci95" if not prefix else f"{arm}_ci95", f"{prefix}n80")
+        names = [f"{arm}_{kind}" for kind in ("fraction", "ci95", "n80")]
         for benchmark, base in rows["base"].items():
             back = {n: [verdicts(rows[f"{run}_{n}"][benchmark]) for run in runs if f"{run}_{n}" in rows]
                     for n in there[arm]}
@@ -135,16 +135,21 @@ def recoveries(rows: Rows) -> dict:
 
 def difficulty(rows: Rows) -> dict:
     """The drop by level, and by the length of the base model's own solutions (its right responses, in quarters of
-    their length), with a test for trend."""
+    their length), with a test for trend; "trend" is None where levels have no order (text)."""
     found: dict[str, dict] = {}
     for benchmark, base in rows["base"].items():
-        off, kinds = rows["off_model"][benchmark], {}
-        if len({row.get("level") for row in base} - {None}) > 1:
-            names = sorted({str(row["level"]) for row in base}, key=lambda name: (len(name), name))
-            kinds["level"] = by_group(base, off, [names.index(str(row["level"])) for row in base])
+        pairs, kinds = list(zip(base, rows["off_model"][benchmark], strict=True)), {}
+        levelled = [pair for pair in pairs if pair[0].get("level") is not None]
+        levels = [str(one["level"]) for one, _ in levelled]
+        if len(set(levels)) > 1:
+            ordered = all(level.isdigit() for level in levels)
+            names = sorted(set(levels), key=int if ordered else None)
+            kinds["level"] = by_group(*zip(*levelled, strict=True), [names.index(level) for level in levels])
             for group, name in zip(kinds["level"]["groups"], names, strict=True):
                 group["group"] = name
-        solved = [pair for pair in zip(base, off, strict=True) if pair[0]["correct"]]
+            if not ordered:
+                kinds["level"]["trend"] = None
+        solved = [pair for pair in pairs if pair[0]["correct"]]
         if _in_words(base) and len(solved) >= 8:
             lengths = [len(one["response"]) for one, _ in solved]
             kinds["length"] = by_group(*zip(*solved, strict=True), quarters(lengths))
@@ -171,11 +176,11 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     worded = [benchmark for benchmark, graded in rows["base"].items() if _in_words(graded)]
     chats = {"student": [folder / "native.jsonl", folder / "controls" / "native.jsonl"],
              "teacher": [folder / "teacher.jsonl"]}
-    texts = {role: [row["response"] for path in paths if path.exists() for row in read_rows(path)]
-             for role, paths in chats.items()}
-    classifier = StyleClassifier.fit(texts["student"], texts["teacher"])
+    texts = {role: {str(path.relative_to(folder)): [row["response"] for row in read_rows(path)]
+                    for path in paths if path.exists()} for role, paths in chats.items()}
+    classifier = StyleClassifier.fit(*(sum(texts[role].values(), []) for role in ("student", "teacher")))
     found: dict = {"held_out": classifier.accuracy if classifier else None,
-                   "responses": {role: len(some) for role, some in texts.items()},
+                   "responses": {role: {name: len(some) for name, some in of.items()} for role, of in texts.items()},
                    "index": {}, "teacher_share": {}, "features": {}, "openers": {}}
     for benchmark in worded:
         responses = {name: [row["response"] for row in of[benchmark]] for name, of in rows.items()}
@@ -205,31 +210,30 @@ def measures(folder: Path) -> dict:
                 found["nll"][stem] = ratio([row["nll"] for row in rows], tokens)
             elif name.endswith("_under_teacher"):
                 checkpoint = name.removesuffix("_under_teacher")
-                others = read_rows(folder / "measures" / f"{checkpoint}_under_student" / f"{stem}.jsonl")
-                differences = [row["nll"] - other["nll"] for row, other in zip(rows, others, strict=True)]
-                found["ratio"].setdefault(checkpoint, {})[stem] = ratio(differences, tokens)
+                others = {row["id"]: row["nll"] for row in read_rows(
+                    folder / "measures" / f"{checkpoint}_under_student" / f"{stem}.jsonl")}
+                both = [row for row in rows if row["id"] in others]  # a response may be too long for one of the two
+                found["ratio"].setdefault(checkpoint, {})[stem] = ratio(
+                    [row["nll"] - others[row["id"]] for row in both], [row["tokens"] for row in both])
             elif "kl" in rows[0]:
                 found["kl"].setdefault(name, {})[stem] = ratio([row["kl"] for row in rows], tokens)
     return found
 
 
-def together(report: dict) -> dict:
-    """Along SFT and recovery: {benchmark: the path's checkpoints, and rank correlations of accuracy with the style
-    index and with the KL on the base model's own responses, and of these two}."""
+def together(report: dict, rows: Rows) -> dict:
+    """Along SFT and recovery: {benchmark: the path's checkpoints, their accuracy, style index and KL on the base
+    model's own responses (None where there is none), and the correlations of accuracy with both}."""
     index, kls, found = report["style"]["index"], report["kl"], {}
-    path = [name for name in report["checkpoints"]
-            if name == "base" or name.startswith("off_model_step") or name == "off_model"
+    path = [name for name in rows if name == "base" or name.startswith("off_model_step") or name == "off_model"
             or (CURVE.fullmatch(name) or [None, None])[1] == "recovered"]
-    for benchmark, anchored in index.get("base", {}).items():
-        if anchored is None:
-            continue
-        accuracy = [report["checkpoints"][name][benchmark]["accuracy"] for name in path]
-        style = [index[name][benchmark]["mean"] for name in path]
+    for benchmark in report["style"]["features"].get("base", {}):
+        style = [(index.get(name, {}).get(benchmark) or {}).get("mean") for name in path]
         kl = [0.0 if name == "base" else kls.get(name, {}).get(benchmark, {}).get("mean") for name in path]
-        one = {"path": path, "accuracy": accuracy, "style": style, "kl": kl,
-               "accuracy_and_style": rank_correlation(accuracy, style)}
-        if None not in kl:
-            one |= {"accuracy_and_kl": rank_correlation(accuracy, kl), "style_and_kl": rank_correlation(style, kl)}
+        graded = np.array([verdicts(rows[name][benchmark]) for name in path], float)  # (C, P)
+        one = {"path": path, "accuracy": graded.mean(-1).tolist(), "style": None if None in style else style,
+               "kl": None if None in kl else kl}
+        for name, values in (("style", one["style"]), ("kl", one["kl"])):
+            one[f"accuracy_and_{name}"] = correlation(graded, values) if values and len(path) >= LEAST_PATH else None
         found[benchmark] = one
     return found
 
@@ -254,7 +258,7 @@ def braces(names: Sequence[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         stem, mark, last = name.rpartition("_")
-        groups.setdefault(f"{stem}{mark}" if re.fullmatch(r"[\d.]+", last) else name, []).append(last)
+        groups.setdefault(f"{stem}_" if mark and re.fullmatch(r"[\d.]+", last) else name, []).append(last)
     parts = [stem if not stem.endswith("_") else stem + (last[0] if len(last) == 1 else f"{{{','.join(last)}}}")
              for stem, last in groups.items()]
     return parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}"
@@ -288,16 +292,18 @@ def claims(report: dict, rows: Rows) -> list[dict]:
         """Whether SFT (or noise) of another kind cost as much as off-model SFT did."""
         sentences = []
         for benchmark in where:
-            own, less = report["drops"][name][benchmark], versus(name, benchmark)
+            own, less, drop = report["drops"][name][benchmark], versus(name, benchmark), report["drop"][benchmark]
             text = f"On {benchmark} {effect(own)}"
             if benchmark not in lost:
                 sentences.append(f"{text}.")
+            elif less["ci95"][1] < 0:
+                sentences.append(f"{text}, more than off-model SFT cost: enough to be the cause.")
             elif less["ci95"][0] <= 0:
                 sentences.append(f"{text}: not told apart from off-model SFT's, so this may be the cause.")
-            elif own["ci95"][0] <= 0:
-                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: this is not the cause.")
-            else:
+            elif own["ci95"][1] > drop["ci95"][0] / 4:
                 sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: a part of it at most.")
+            else:
+                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: this is not the cause.")
         return sentences
 
     if "control_native" in rows:
@@ -320,7 +326,7 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                 elif to_teacher["ci95"][0] <= 0:
                     said += ", so there is no evidence that its answers are worse"
                 else:
-                    said += "; off-model is not below it: imitation of a weaker model may be the cause"
+                    said += "; no evidence that off-model is below it: imitating a weaker model may be the cause"
             sentences.append(f"{said}.")
         claim("H1, a weak teacher", sentences, ["teacher"])
 
@@ -328,13 +334,14 @@ def claims(report: dict, rows: Rows) -> list[dict]:
     if "teacher" in nll and "native" in nll:
         text = [f"Per token the teacher's responses cost the student {_nats(nll['teacher'])}, its own to the same "
                 f"prompts {_nats(nll['native'])}."]
-        names, measured = [], ["measures/teacher_data/teacher.jsonl", f"measures/own_data/{braces([*nll][1:])}.jsonl"]
+        names, measured = [], ["measures/teacher_data/teacher.jsonl", "measures/own_data/native.jsonl"]
         if "matched_nll" in nll and "control_matched_nll" in rows:
-            text += [f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}"
-                     + ("." if _overlap(nll["matched_nll"], nll["teacher"]) else
-                        ", which does not match, so what follows is a comparison at unequal likelihood."),
-                     "SFT on these:", *weigh("control_matched_nll")]
+            share = nll["matched_nll"]["mean"] / nll["teacher"]["mean"]
+            close = "" if abs(share - 1) < 0.15 else ", which is no close match"
+            text += [f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}, {share:.2f} "
+                     f"times the teacher's{close}. SFT on these:", *weigh("control_matched_nll")]
             names = ["control_matched_nll"]
+            measured.append("measures/own_data/matched_nll.jsonl")
         claim("H2, data that is unlikely under the student", text, names, measured)
 
     there = arms(list(rows)).get("recovered", [])
@@ -354,11 +361,15 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                 continue
             forced = report["drops"]["base_in_teacher_style"][benchmark]
             back = versus("off_model_in_student_style", benchmark)
-            sentences.append(f"On {benchmark} the teacher's style, forced on the base model without any training, is "
-                             f"{effect(forced)}; the student's own, forced on the off-model student without any "
-                             f"training, brings {_gain(back)}.")
+            index = report["style"]["index"]
+            placed = [index[name][benchmark] for name in FORCED if index.get(name, {}).get(benchmark)]
+            numbers = " and ".join(f"{one['mean']:.2f}" for one in placed)
+            said = f" (style index {numbers})" if placed else ""
+            sentences.append(f"On {benchmark} the teacher's style, asked of the base model without any training, is "
+                             f"{effect(forced)}; the student's own, asked of the off-model student without any "
+                             f"training, brings {_gain(back)}{said}.")
         claim("H4, the style, switched without training", sentences, FORCED)
-    if all(name in rows for _, *names in SOURCE_AND_STYLE for name in names):
+    if all(name in rows for name in SOURCE_AND_STYLE):
         sentences = []
         for benchmark in where:
             source, style = (paired_difference(verdicts(rows["control_native"][benchmark]),
@@ -367,56 +378,68 @@ def claims(report: dict, rows: Rows) -> list[dict]:
             sentences.append(f"On {benchmark}, against SFT on the student's own responses in its own style, the "
                              f"teacher's in the student's style are {effect(source)}, the student's in the teacher's "
                              f"style {effect(style)}.")
-        claim("Source or style", sentences, [name for _, *names in SOURCE_AND_STYLE for name in names])
+        claim("Source or style", sentences, SOURCE_AND_STYLE)
 
     for benchmark, one in report["together"].items():
         if benchmark in where:
-            path = one["path"]
-            claim("H4 and H5, style and distance", _moves(benchmark, one, report), path,
-                  ["teacher.jsonl", "native.jsonl", *_measured(path, [benchmark], report)], [benchmark])
+            away = {name: versus(name, benchmark) for name in report["kl"] if name not in one["path"]}
+            claim("H4 and H5, style and distance", _moves(benchmark, one, report, away),
+                  [*one["path"], "teacher", *away],
+                  [*chat_files(report), *_measured(report["kl"], [benchmark])], [benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
-            base = name.replace("off_model", "base")
-            claim(f"Another system prompt ({name.rpartition('_')[2]})",
-                  [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt."
-                   for benchmark in where], [base, name])
+            base, system = name.replace("off_model", "base"), report["options"]["eval_system"][int(name[-1]) - 1]
+            claim(f"Another system prompt: {system}",
+                  [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt; "
+                   f"without it {_points(report['drop'][benchmark])}." for benchmark in where], [base, name])
     return found
 
 
-def _measured(names: Sequence[str], stems: Sequence[str], report: dict) -> list[str]:
-    """The files of KL rows of some checkpoints, if there are any."""
-    there = [name for name in names if name in report["kl"]]
-    return [f"measures/{braces(there)}/{braces(stems)}.jsonl"] if there else []
+def chat_files(report: dict) -> list[str]:
+    """The files that the style classifier has learnt from."""
+    return [name for role in ("teacher", "student") for name in report["style"]["responses"][role]]
 
 
-def _moves(benchmark: str, one: dict, report: dict) -> list[str]:
-    """Has the style moved; do style and accuracy move together, do KL and accuracy; can the two be told apart?"""
-    index = {name: of[benchmark] for name, of in report["style"]["index"].items()}
-    moved = [name for name in one["path"][1:] if index[name]["ci95"][0] > 0]
-    off, last = (f"{index[name]['mean']:.2f} ({index[name]['ci95'][0]:.2f} to {index[name]['ci95'][1]:.2f})"
-                 for name in ("off_model", one["path"][-1]))
-    said = [f"On {benchmark}, with base's style 0 and the teacher's 1, off_model is at {off} and {one['path'][-1]} at "
-            f"{last}; " + (f"the first checkpoint with an interval clear of 0 is {moved[0]}." if moved else
-                           "no checkpoint's interval is clear of 0: there is no evidence that the style has moved.")]
-    style, kl, both = (one.get(name) for name in ("accuracy_and_style", "accuracy_and_kl", "style_and_kl"))
-    if style is None and kl is None:
-        return [*said, "Accuracy, or style and KL, do not vary along SFT and recovery: nothing to relate."]
-    parts = [f"{value:.2f} with {what}" for what, value in (
-        ("the style index", style), ("the KL from the base model", kl)) if value is not None]
-    said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints) accuracy has the rank correlation "
-                f"{' and '.join(parts)}.")
-    if style is None or kl is None:
+def _measured(kl: dict[str, dict], stems: Sequence[str]) -> list[str]:
+    """The files of KL rows, if there are any."""
+    return [f"measures/{braces(list(kl))}/{braces(stems)}.jsonl"] if kl else []
+
+
+def _moves(benchmark: str, one: dict, report: dict, away: dict[str, dict]) -> list[str]:
+    """Has the style moved; do style and accuracy move together, do KL and accuracy; can the two be told apart?
+
+    `away`: how much less than off_model each checkpoint lost that is not on the path but has a KL.
+    """
+    said = []
+    if one["style"] is None:
+        said.append(f"On {benchmark} the classifier can't tell base's responses from the teacher's: of style along SFT "
+                    "nothing can be said.")
+    else:
+        index = {name: of[benchmark] for name, of in report["style"]["index"].items()}
+        tuned = [name for name in one["path"] if name.startswith("off_model")]
+        moved = [name for name in tuned if index[name]["ci95"][0] > 0 or index[name]["ci95"][1] < 0]
+        off, last = (_measure(index[name], 2) for name in (tuned[-1], one["path"][-1]))
+        said.append(f"On {benchmark}, with base's style 0 and the teacher's 1, {tuned[-1]} is at {off} and "
+                    f"{one['path'][-1]} at {last}; of {len(tuned)} checkpoints of SFT " + (
+                        f"the first with an interval clear of 0 is {moved[0]}." if moved else
+                        "none has an interval clear of 0: there is no evidence that the style has moved."))
+    if benchmark not in lost_benchmarks(report):
         return said
-    if max(style, kl) < -0.5 and both > 0.5:
-        said.append(f"Style and KL go together ({both:.2f}): along this path the two explanations predict the same, "
-                    "and it does not separate them.")
-    # checkpoints off the path may: as far from base as off_model, and nothing lost
-    off = report["kl"]["off_model"][benchmark]["mean"]
-    far = [name for name, of in report["kl"].items() if name not in one["path"] and benchmark in of
-           and of[benchmark]["mean"] >= 0.8 * off and report["drops"][name][benchmark]["ci95"][0] <= 0]
-    if far and benchmark in lost_benchmarks(report):
-        said.append(f"But {', '.join(far)} moved at least 0.8 times as far without evidence of a loss: distance alone "
-                    "is not the cause.")
+    parts = [f"{_measure(one[f'accuracy_and_{kind}'], 2)} with {what}" for kind, what in
+             (("style", "the style index"), ("kl", "the KL from the base model")) if one[f"accuracy_and_{kind}"]]
+    if parts:
+        said.append(f"Along SFT and recovery ({len(one['path'])} checkpoints) accuracy has the correlation "
+                    f"{' and '.join(parts)}.")
+    if len(parts) == 2 and all(one[f"accuracy_and_{kind}"]["ci95"][1] < 0 for kind in ("style", "kl")):
+        said.append("Both fall as accuracy rises: along this path style and distance predict the same, and it does not "
+                    "separate them.")
+    # checkpoints off the path may: as far from base as off_model, and less lost
+    off_kl = report["kl"].get("off_model", {}).get(benchmark, {}).get("mean", float("inf"))
+    far = [name for name, less in away.items() if report["kl"][name].get(benchmark, {}).get("mean", 0) >= 0.8 * off_kl
+           and less["ci95"][0] > 0]
+    if far:
+        said.append(f"But {', '.join(far)} moved at least 0.8 times as far and lost less: distance alone is not the "
+                    "cause.")
     return said
 
 
@@ -435,5 +458,6 @@ def _nats(found: dict) -> str:
     return f"{found['mean']:.3f} nats ({low:.3f} to {high:.3f})"
 
 
-def _overlap(one: dict, other: dict) -> bool:
-    return one["ci95"][0] <= other["ci95"][1] and other["ci95"][0] <= one["ci95"][1]
+def _measure(found: dict, digits: int) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in (found["mean"], *found["ci95"]))
+    return f"{mean} ({low} to {high})"

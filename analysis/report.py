@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.figures import draw_all, main_benchmark
-from analysis.findings import Rows, arms, braces, effect, find, lost_benchmarks, read_evaluations
+from analysis.findings import Rows, arms, braces, chat_files, effect, find, lost_benchmarks, read_evaluations
 from base.errors import run_script
 from base.files import write_json, write_text
 from base.options import Parser
@@ -34,6 +34,7 @@ MEANING = {
     "control_matched_nll": "SFT on the student's own responses, at a temperature that makes them as unlikely as the "
                            "teacher's",
 }
+OVERVIEW = ("base", "off_model", "base_in_teacher_style", "off_model_in_student_style", "control_more_teacher")
 SHOWN = 700  # characters of a response in a transcript, around the place where it parts from base's
 PLAIN_FEATURES = ("words", "steps", "markdown", "formulas", "self-corrections")
 
@@ -87,7 +88,7 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     if report["claims"]:
         page.add("Why: what each control says", "\n".join(
             f"- **{plain(one['about'])}.** {plain(one['text'])} <sub>{', '.join(f'`{name}`' for name in one['rows'])}"
-            "</sub>" for one in report["claims"]), figure="accuracy")
+            "</sub>" for one in report["claims"]), sources=_evals(list(checkpoints), benchmarks), figure="accuracy")
     _add_style(page, report, main)
     if "off_model" in rows and main_benchmark(report):
         _add_transcripts(page, rows, main_benchmark(report), recovered)
@@ -133,74 +134,85 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
              "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
              "most are cut, a higher --max-new-tokens may show that nothing was lost.",
              table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
-                    "all cut, base → off", "all without an answer"], [_drop_row(name, report) for name in benchmarks]),
-             sources=_evals(["base", "off_model"], benchmarks), figure="overview")
-    sentences, body = [], []
+                    "all cut, base → off", "all without an answer"],
+                   [_drop_row(name, report) for name in benchmarks]),
+             sources=_evals([name for name in report["checkpoints"]
+                             if name in OVERVIEW or name.startswith("recovered")], benchmarks), figure="overview")
+    sentences, body, lost = [], [], lost_benchmarks(report)
     for benchmark, kinds in report["difficulty"].items():
         for kind, found in kinds.items():
-            of = {"level": "level", "length": "the length of the base model's own solution (quarters)"}[kind]
-            slope, p = found["trend"]["slope"], found["trend"]["p"]
-            verb = "there is no evidence that the loss depends on" if p >= 0.05 else (
-                f"the loss {'grows' if slope > 0 else 'shrinks'} with")
-            sentences.append(f"On {plain(benchmark)} {verb} {of} ({slope:+.1f} points a step, p = {_p(p)}).")
+            if found["trend"] and benchmark in lost:
+                of = {"level": "level", "length": "the length of the base model's own solution (quarters)"}[kind]
+                slope, p = found["trend"]["slope"], found["trend"]["p"]
+                verb = "there is no evidence that the loss depends on" if p >= 0.05 else (
+                    f"the loss {'grows' if slope > 0 else 'shrinks'} with")
+                sentences.append(f"On {plain(benchmark)} {verb} {of} ({slope:+.1f} points a step, p = {_p(p)}; "
+                                 "permutation test over problems).")
             body += [[benchmark, kind, str(group["group"]), str(group["n"]), f"{group['points']:.1f}",
                       f"{group['ci95'][0]:.1f} to {group['ci95'][1]:.1f}"] for group in found["groups"]]
     if body:
-        page.add("By difficulty", " ".join(sentences) + " Permutation tests over problems.",
+        page.add("By difficulty", " ".join(sentences), "By level: all problems that have one. By length: those that "
+                 "base solved, some of which it would not solve again, so that a part of the loss there is chance.",
                  table(["benchmark", "by", "group", "n", "lost, points", "95 %"], body),
                  sources=_evals(["base", "off_model"], list(report["difficulty"])))
 
 
 def _add_recovery(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
     """The share of the drop that came back, over N, arm by arm."""
-    there, tables = arms(list(report["checkpoints"])), []
+    there, tables, lost = arms(list(report["checkpoints"])), [], lost_benchmarks(report)
     for arm, counts in there.items():
         if "_seed_" in arm:
             continue
-        prefix = "" if arm == "recovered" else f"{arm}_"
-        shares, bounds = (report[f"{prefix or 'recovered_'}{kind}"] for kind in ("fraction", "ci95"))
+        shares, bounds, needed = (report[f"{arm}_{kind}"] for kind in ("fraction", "ci95", "n80"))
         tables.append(table(
             [arm.replace("_", " "), *(f"N = {n}" for n in counts), "N for 80 %"],
             [[name, *(_share(shares[name][str(n)], bounds[name][str(n)]) for n in counts),
-              _needed(report[f"{prefix}n80"][name], counts)] for name in benchmarks]))
+              _needed(needed[name], counts) if name in lost else "–"] for name in benchmarks]))
     page.add("What native examples brought back",
-             "Share of the drop that SFT on N of the student's own responses brought back, seeds taken together; 95 % "
-             "bootstrap intervals over problems and seeds; – where nothing was lost. By epochs, more examples are more "
-             "steps too. Last, the N that brings back 80 %, by a log-logistic curve through the shares.", *tables,
-             sources=_evals(["base", "off_model", *(f"{arm}_{n}" for arm in there for n in there[arm])], benchmarks),
+             "Share of the drop that SFT on N of the student's own responses brought back, the mean of all seeds; 95 % "
+             "bootstrap intervals over problems (and over seeds, from three on); – where nothing was lost. By epochs, "
+             "more examples are more steps too. Last, the N that brings back 80 %, by a log-logistic curve through "
+             "three shares or more, where the loss is clear of 0.", *tables,
+             sources=_evals([name for name in report["checkpoints"]
+                             if name in ("base", "off_model", "control_more_teacher") or name.startswith("recovered")],
+                            benchmarks),
              figure="recovery")
 
 
-def _add_style(page: Page, report: dict, names: Sequence[str]) -> None:
+def _add_style(page: Page, report: dict, main: Sequence[str]) -> None:
     """How responses are written, and how far the model has moved."""
     style, features = report["style"], report["style"]["features"]
     benchmarks = list(features.get("base", {}))
     if not benchmarks:
         return
+    student, teacher = (sum(style["responses"][role].values()) for role in ("student", "teacher"))
     held = "" if style["held_out"] is None else (
-        f" A classifier of character n-grams, trained on {style['responses']['student']} chat responses of the student "
-        f"and {style['responses']['teacher']} of the teacher (held-out accuracy {100 * style['held_out']:.1f} %), was "
-        "shown no benchmark response. Index: where its mean score for a checkpoint lies between base's (0) and the "
-        "teacher's (1) on the same problems; – where it can't tell these apart. Then the share that it calls the "
-        "teacher's outright.")
+        f" A classifier of character n-grams, trained on {student} chat responses of the student and {teacher} of "
+        f"the teacher (held-out accuracy {100 * style['held_out']:.1f} %), was shown no benchmark response. Index: "
+        "where its mean score for a checkpoint lies between base's (0) and the teacher's (1) on the same problems; – "
+        "where it can't tell these apart. Then the share that it calls the teacher's outright.")
+    names = [name for name in features if name in main or name.startswith("off_model_step")]
     body = []
     for benchmark in benchmarks:
         for name in names:
             one, share = features[name][benchmark], style["teacher_share"].get(name, {}).get(benchmark)
             begun = style["openers"].get(name, {}).get(benchmark)
             index = style["index"].get(name, {}).get(benchmark)
-            body.append([benchmark, name, _measure(index, 2), "–" if share is None else f"{100 * share:.0f}",
+            accuracy = report["checkpoints"][name][benchmark]["accuracy"]
+            body.append([benchmark, name, f"{100 * accuracy:.1f}", _measure(index, 2),
+                         "–" if share is None else f"{100 * share:.0f}",
                          f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–",
                          *(f"{one[kind]:.1f}" for kind in PLAIN_FEATURES),
                          f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)"])
-    heads = ["benchmark", "checkpoint", "style index", "called the teacher's, %", "begin as student's / teacher's, %",
-             *PLAIN_FEATURES, "most begin"]
+    heads = ["benchmark", "checkpoint", "accuracy, %", "style index", "called the teacher's, %",
+             "begin as student's / teacher's, %", *PLAIN_FEATURES, "most begin"]
+    scaled = [name for name in features if name.startswith("scaled")]
     page.add("Style", f"Means per response.{held}", table(heads, body),
-             sources=["teacher.jsonl", "native.jsonl", *_evals(names, benchmarks)], figure="style")
+             sources=[*chat_files(report), *_evals([*names, *scaled], benchmarks)], figure="style")
     if report["kl"]:
         page.add("Distance", "KL(base ‖ checkpoint), nats per token, on the base model's own responses to chat prompts "
                  "(native) and to benchmarks; the figures are in the last table.",
-                 sources=_measures(report["kl"]), figure="distance")
+                 sources=[*_measures(report["kl"]), *_evals(list(report["kl"]), benchmarks)], figure="distance")
     if report["ratio"]:
         stems = list(next(iter(report["ratio"].values())))
         page.add("Whose responses", "Log-likelihood under the original student minus that under the teacher, nats per "
@@ -223,7 +235,7 @@ def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
                     *(f"KL on {stem}" for stem in stems)], body),
              "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
                        if any(_kind(name) == kind for name in checkpoints)),
-             sources=[*_evals(list(checkpoints), benchmarks), *_measures(kl)])
+             sources=[*_evals(list(checkpoints), benchmarks), *chat_files(report), *_measures(kl)])
     if report["seconds"]:
         longest = sorted(report["seconds"].items(), key=lambda item: -item[1])[:5]
         page.add("Time", f"{sum(report['seconds'].values()) / 60:.1f} minutes in {len(report['seconds'])} stages; the "
@@ -255,17 +267,17 @@ def _add_transcripts(page: Page, rows: Rows, benchmark: str, recovered: Sequence
 
 
 def _limits(report: dict) -> list[str]:
-    limits = [f"One pair of models, one SFT run (seed {report['options']['seed']}): intervals are over problems, and "
-              "over native examples where there are several seeds, not over SFT runs."]
+    limits = [f"One pair of models, one SFT run (seed {report['options']['seed']}): intervals are over problems, not "
+              "over SFT runs."]
     for benchmark, drop in report["drop"].items():
         half = (drop["ci95"][1] - drop["ci95"][0]) / 2
         limits.append(f"On {plain(benchmark)} (n = {report['checkpoints']['base'][benchmark]['n']}) losses below about "
-                      f"{half:.0f} points can't be seen.")
+                      f"{half:.1f} points can't be seen.")
         entry = report["checkpoints"]["off_model"][benchmark]
         if entry["truncated"] > 0.2 * entry["n"]:
             limits.append(f"On {plain(benchmark)} {entry['truncated']} of {entry['n']} off-model responses were cut at "
                           "the limit.")
-    if not lost_benchmarks(report):
+    if report["drop"] and not lost_benchmarks(report):
         limits.append("No benchmark has a loss that is clear of 0, so the controls have nothing to explain.")
     return limits
 

@@ -29,8 +29,8 @@ def mcnemar(lost: int, gained: int) -> float:
     n, k = lost + gained, min(lost, gained)
     if lost == gained:
         return 1.0
-    tail = sum(math.comb(n, i) for i in range(k + 1)) - math.comb(n, k) / 2
-    return 2 * tail / 2**n
+    # in whole numbers to the end: 2**n is beyond any float from n = 1024 on
+    return (2 * sum(math.comb(n, i) for i in range(k + 1)) - math.comb(n, k)) / 2**n
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int = 0) -> dict:
@@ -123,36 +123,46 @@ def recovery(base: Sequence[bool], off: Sequence[bool], recovered: dict[int, Seq
     bring back 80 %.
 
     `recovered` holds the verdicts of one or more runs for each N; all verdicts are on the same problems. Returns
-    "share" {N: share of the drop, the mean of the runs}, "ci95" {N: [low, high]} and "n80" with "n" and "ci95", by a
-    bootstrap over problems, and over runs where there are several. None where nothing was lost: a share of nothing
-    is no number. A draw without a drop counts against both ends, so that intervals are wide where the drop is
-    uncertain; an end that is None has no bound.
+    "share" {N: share of the drop, the mean of the runs}, "ci95" {N: [low, high]} and, with three N or more, "n80" with
+    "n" and "ci95", by a bootstrap over problems, and over runs where there are three or more: two say too little of
+    how much runs differ. Half a problem that was lost and stayed so, and half a one that came back, are added, as
+    `paired_difference` adds some. None where nothing was lost: a share of nothing is no number. A draw without a drop
+    counts against both ends, so that intervals are wide where the drop is uncertain; a None there is no bound.
     """
     counts_of = sorted(recovered)
     verdicts = np.array([base, off], float)
     drop = verdicts[0] - verdicts[1]  # (P,)
     back = np.array([recovered[n] for n in counts_of], float) - verdicts[1]  # (N, R, P)
+    nothing = {"n": None, "ci95": None}
     if drop.sum() <= 0:
-        nothing = dict.fromkeys(counts_of)
-        return {"share": nothing, "ci95": nothing, "n80": {"n": None, "ci95": None}}
+        return {"share": dict.fromkeys(counts_of), "ci95": dict.fromkeys(counts_of), "n80": nothing}
     shares = back.mean(1).sum(-1) / drop.sum()  # (N,)
 
     rng, (runs, problems) = np.random.default_rng(seed), back.shape[1:]
-    drawn = rng.multinomial(problems, np.full(problems, 1 / problems), size=2_000)  # (D, P)
-    of_runs = rng.multinomial(runs, np.full(runs, 1 / runs), size=2_000) / runs  # (D, R)
-    gains = np.einsum("dp,nrp,dr->dn", drawn, back, of_runs, optimize=True)
-    drops = drawn @ drop
+    weights = np.array([*np.ones(problems), 0.5, 0.5]) / (problems + 1)
+    drawn = rng.multinomial(problems, weights, size=2_000)  # (D, P + 2)
+    halves = np.broadcast_to([0.0, 1.0], (*back.shape[:2], 2))
+    of_runs = rng.multinomial(runs, np.full(runs, 1 / runs), size=2_000) if runs > 2 else np.ones((2_000, runs))
+    gains = np.einsum("dp,nrp,dr->dn", drawn, np.concatenate((back, halves), -1), of_runs / runs, optimize=True)
+    drops = drawn @ np.concatenate((drop, [1.0, 1.0]))
     fine = drops > 0
-    draws, none = gains[fine] / drops[fine, None], np.full(((~fine).sum(), len(counts_of)), np.inf)
-    low = np.percentile(np.concatenate((draws, -none)), 2.5, axis=0, method="lower")
-    high = np.percentile(np.concatenate((draws, none)), 97.5, axis=0, method="higher")
-    needed = np.percentile(n_for_share(counts_of, draws), [2.5, 97.5], method="nearest")
-    return {
-        "share": dict(zip(counts_of, shares.tolist(), strict=True)),
-        "ci95": {n: [float(end[i]) if np.isfinite(end[i]) else None for end in (low, high)]
-                 for i, n in enumerate(counts_of)},
-        "n80": {"n": float(n_for_share(counts_of, shares[None])[0]), "ci95": needed.tolist()},
-    }
+    draws, none = gains[fine] / drops[fine, None], np.ones(((~fine).sum(), len(counts_of)))
+
+    def bounds(values: np.ndarray, least: float, most: float) -> np.ndarray:
+        """(2, …) the 95 % interval, draws without a drop being at both ends."""
+        return np.array([np.percentile(np.concatenate((values, (none if values.ndim > 1 else none[:, 0]) * end)),
+                                       percent, axis=0, method="nearest")
+                         for end, percent in ((least, 2.5), (most, 97.5))])
+
+    low, high = bounds(draws, -np.inf, np.inf)
+    n80 = nothing
+    if len(counts_of) > 2:
+        n80 = {"n": float(n_for_share(counts_of, shares[None])[0]),
+               "ci95": bounds(n_for_share(counts_of, draws), 0.0, 4.0 * counts_of[-1]).tolist()}
+    return {"share": dict(zip(counts_of, shares.tolist(), strict=True)),
+            "ci95": {n: [float(end[i]) if np.isfinite(end[i]) else None for end in (low, high)]
+                     for i, n in enumerate(counts_of)},
+            "n80": n80}
 
 
 def n_for_share(counts: Sequence[int], shares: np.ndarray, share: float = 0.8) -> np.ndarray:
@@ -171,15 +181,27 @@ def n_for_share(counts: Sequence[int], shares: np.ndarray, share: float = 0.8) -
     return np.minimum(n, 4 * places[-1])
 
 
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Spearman's: the correlation of the ranks, ties sharing theirs; None where one of the two does not vary."""
-    ranks = []
-    for values in (np.asarray(one, float), np.asarray(other, float)):
-        smaller = (values[None] < values[:, None]).sum(-1)
-        ranks.append(smaller + ((values[None] == values[:, None]).sum(-1) - 1) / 2)
-    if not all(np.ptp(rank) for rank in ranks):
+def correlation(graded: np.ndarray, values: Sequence[float], seed: int = 0) -> dict | None:
+    """Pearson's correlation of checkpoints' accuracy with `values`: "mean", and "ci95" by a bootstrap over problems.
+
+    graded (checkpoints, problems), 1 where right. None where one of the two does not vary. Not of ranks: on a plateau
+    they would be those of its noise.
+    """
+    places = np.asarray(values, float) - np.mean(values)
+
+    def correlate(accuracy: np.ndarray) -> np.ndarray:
+        """(D,) for accuracies (D, checkpoints)."""
+        accuracy = accuracy - accuracy.mean(-1, keepdims=True)
+        scale = np.sqrt((accuracy**2).sum(-1) * (places**2).sum())
+        return np.divide(accuracy @ places, scale, out=np.zeros(len(accuracy)), where=scale > 1e-12)
+
+    mean = graded.mean(-1)
+    if not np.ptp(mean) or not np.ptp(places):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    problems = graded.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=2_000)
+    bounds = np.percentile(correlate(drawn @ graded.T / problems), [2.5, 97.5])
+    return {"mean": float(correlate(mean[None])[0]), "ci95": bounds.tolist()}
 
 
 def compare_rows(before: Sequence[dict], after: Sequence[dict]) -> dict:

@@ -100,11 +100,13 @@ def launches(config: ModelConfig) -> tuple[int, int]:
     return totals[1] - totals[0], 2 * totals[0] - totals[1]
 
 
-# What README's experiment at full size asks of a pair: SFT_RUNS of so many tokens (off-model, native, matched
-# NLL; recovery and more teacher data are a tenth of one each), evaluations of 200 problems a benchmark with so many
-# tokens a response (guesses, the long ones by --max-new-tokens 2048), 64 responses a kind for likelihoods
-SFT_RUNS, SFT_TOKENS = 3 + 10 * 0.1, 2 * 1000 * 400
-EVALUATIONS = 4 + 1 + 3 * 3 + 4 + 3 + 3  # steps of SFT, off-model, arms of the recovery, scaled, noise, other controls
+# What README's experiment at full size asks of a pair. Responses of 400 tokens to 1,000 prompts for three kinds of SFT
+# data (those at the temperature that matches a likelihood, which may run to the limit, for 5 more), 256 for recovery;
+# SFT on the three, two epochs each, recovery a tenth of that ten times; evaluations of 200 problems a benchmark with so
+# many tokens a response. The lengths are guesses
+DATA_TOKENS = (3 + 5) * 1000 * 400 + 2 * 256 * 400
+SFT_TOKENS = (3 + 10 * 0.1) * 2 * 1000 * 400
+EVALUATIONS = 4 + 1 + 4 * 3 + 4 + 3 + 3  # steps of SFT, off-model, arms of the recovery, scaled, noise, other controls
 SHARED = 1 + 1  # base and teacher, which other pairs have too
 RESPONSES = {"math500": 700, "olympiads": 1300, "ifeval": 400}
 ATTAINED = 0.4  # of the roofline
@@ -114,14 +116,16 @@ LOADING = 30  # seconds of a stage that go by before the first token
 def pair_hours(config: ModelConfig, gpu: str) -> float:
     """Hours of one pair with all controls on a GPU, at ATTAINED of what bytes and operations allow."""
     bandwidth, operations, _ = GPUS[gpu]
-    decoding = least(config, 256, bandwidth, operations).seconds / 256  # a token's share of a full step
-    evaluation = 200 * sum(RESPONSES.values()) * decoding / ATTAINED
+    decoding = least(config, 128, bandwidth, operations).seconds / 128  # a token's share of a step that is half full
+    sampled = DATA_TOKENS + (EVALUATIONS + SHARED) * 200 * sum(RESPONSES.values())
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Decoder(config).parameters())
-    # forward, and the gradient of the inputs alone: 2 operations a weight and token each
-    training = SFT_RUNS * SFT_TOKENS * 4 * weights / operations / ATTAINED
-    stages = 2 * (EVALUATIONS + SHARED) + 12
-    return ((EVALUATIONS + SHARED) * evaluation + training + stages * LOADING) / 3600
+    # forward, and the gradient of the inputs alone: 2 operations a weight and token each; MMLU, 200 questions of 150
+    # tokens, and 64 responses a kind twice for the KL are forward passes
+    read = (EVALUATIONS + SHARED) * (200 * 150 + 2 * 64 * (400 + sum(RESPONSES.values())))
+    computed = (4 * SFT_TOKENS + 2 * read) * weights / operations
+    stages = 2 * (EVALUATIONS + SHARED) + 20
+    return ((sampled * decoding + computed) / ATTAINED + stages * LOADING) / 3600
 
 
 def main() -> None:

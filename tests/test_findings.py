@@ -94,6 +94,8 @@ def test_sentences_claim_no_more_than_intervals_allow() -> None:
     ("+" * 60 + "-" * 20, "this is not the cause"),
     ("-" * 30 + "+" * 30 + "-" * 20, "so this may be the cause"),
     ("-" * 12 + "+" * 48 + "-" * 20, "a part of it at most"),
+    ("-" * 55 + "+" * 5 + "-" * 20, "enough to be the cause"),
+    ("-" * 5 + "+" * 55 + "+" * 3 + "-" * 17, "a part of it at most"),  # no evidence of a loss, but room for one
 ])
 def test_a_control_is_weighed(control: str, verdict: str, tmp_path: Path) -> None:
     folder = experiment(tmp_path, {"base": "+" * 60 + "-" * 20, "off_model": "-" * 30 + "+" * 30 + "-" * 20,
@@ -104,57 +106,96 @@ def test_a_control_is_weighed(control: str, verdict: str, tmp_path: Path) -> Non
 
 def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path) -> None:
     base, worse, worst = "+" * 80, "-" * 30 + "+" * 50, "-" * 60 + "+" * 20
-    checkpoints = {"base": base, "teacher": base, "off_model_step_4": worse, "off_model": worst, "recovered_8": worse,
-                   "control_native": base}
-    kl = {"off_model_step_4": 0.2, "off_model": 0.5, "recovered_8": 0.1, "control_native": 0.01}
-    styled = {"base": "Okay let us see", "off_model_step_4": "Okay let us see", "off_model": "Consider it done",
-              "recovered_8": "Okay let us see", "control_native": "Okay let us see", "teacher": "Consider it done"}
+    path = {"base": base, "off_model_step_4": worse, "off_model_step_8": worst, "off_model": worst,
+            "recovered_8": worse, "recovered_16": base}
+    kl = {"off_model_step_4": 0.2, "off_model_step_8": 0.5, "off_model": 0.5, "recovered_8": 0.1, "recovered_16": 0.01,
+          "control_native": 0.01}
 
-    def claim(folder: Path) -> str:
+    def claim(folder: Path, checkpoints: dict[str, str]) -> str:
         experiment(folder, checkpoints, kl)
-        for name, words in styled.items():  # on the way, half of the responses
-            half = name in ("off_model_step_4", "recovered_8")
-            evaluation(folder / "evals" / name, checkpoints[name], [
-                f"{'Consider it done' if half and i % 2 else words} {i}" for i in range(80)])
+        for name, verdicts in checkpoints.items():  # in the teacher's style by as much as was lost: 0, a half or all
+            share = {base: 0, worse: 2, worst: 1}[verdicts] if name != "teacher" else 1
+            evaluation(folder / "evals" / name, verdicts, [
+                f"{'Consider it done' if share and i % share == 0 else 'Okay let us see'} {i}" for i in range(80)])
         report = find(folder)
-        assert report["style"]["held_out"] > 0.95
         style = report["style"]
+        assert style["held_out"] > 0.95 and style["teacher_share"]["base"]["my"] < 0.1
         assert [style["index"][name]["my"]["mean"] for name in ("base", "teacher")] == [0, 1]
-        assert style["teacher_share"]["base"]["my"] < 0.1 and style["teacher_share"]["off_model"]["my"] > 0.9
         assert style["index"]["off_model"]["my"]["ci95"][0] > 0.8
-        assert 0.2 < style["index"]["recovered_8"]["my"]["mean"] < 0.8
+        assert 0.2 < style["index"]["off_model_step_4"]["my"]["mean"] < 0.8
         assert report["kl"]["off_model"]["my"]["mean"] == pytest.approx(0.5)
         return next(one["text"] for one in report["claims"] if one["about"].startswith("H4 and H5"))
 
-    text = claim(tmp_path / "together")
+    whole = path | {"teacher": base, "control_native": base}
+    text = claim(tmp_path / "together", whole)
     assert "does not separate them" in text and "distance alone" not in text
     assert "clear of 0 is off_model_step_4" in text
     kl["control_native"] = 0.6
-    text = claim(tmp_path / "apart")
-    assert "control_native moved at least 0.8 times as far" in text and "distance alone is not the cause" in text
+    text = claim(tmp_path / "apart", whole)
+    assert "control_native moved at least 0.8 times as far and lost less" in text
+    few = {name: whole[name] for name in ("base", "teacher", "off_model_step_4", "off_model", "recovered_8")}
+    kl = {name: value for name, value in kl.items() if name in few}
+    assert "correlation" not in claim(tmp_path / "few", few)
+    # nothing lost: nothing to relate to
+    experiment(tmp_path / "nothing", dict.fromkeys(whole, base), kl)
+    assert all("correlation" not in one["text"] for one in find(tmp_path / "nothing")["claims"])
 
 
-def test_every_part_names_files_that_are_there(tmp_path: Path) -> None:
+def named_files(folder: Path, part: str) -> set[Path]:
+    """The files that a part of report.md says it was computed from."""
+    named = [name for line in re.findall(r"<sub>(.*?)</sub>", part) for name in re.findall(r"`([^`]+)`", line)]
+    shell = "".join(f"printf '%s\\n' {name};" for name in named)
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    return {folder / name for name in done.stdout.splitlines()}
+
+
+def test_every_figure_comes_from_the_files_that_are_named(tmp_path: Path) -> None:
     base = "+" * 60 + "-" * 20
     folder = experiment(tmp_path, {"base": base, "teacher": base, "off_model": "0" * 30 + base[30:],
                                    "recovered_8": base, "recovered_16": base, "control_noise": base,
-                                   "scaled_0.25": base, "control_noise_seed_1": base},
+                                   "scaled_0.25": base, "control_noise_seed_1": base, "control_native": base},
                         {"off_model": 0.1, "scaled_0.25": 0.01})
     write_json(folder / "stages.json", {"off_model": {"seconds": 1.0}})
+    write_rows(folder / "off_model" / "metrics.jsonl", [{"id": "1"}])
     write_report(folder)
     text = (folder / "report.md").read_text()
     parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    for part in parts:
-        title = part.splitlines()[0]
-        named = [name for line in re.findall(r"<sub>(.*?)</sub>", part) for name in re.findall(r"`([^`]+)`", line)]
-        assert named or title in ("Question", "Set-up", "Limits"), title
-        for name in named:
-            done = subprocess.run(["bash", "-c", f"printf '%s\\n' {name}"], capture_output=True, text=True, check=True)
-            for path in done.stdout.splitlines():
-                assert (folder / path).is_file(), (title, path)
+    named = [named_files(folder, part) for part in parts]
+    for part, files in zip(parts, named, strict=True):
+        assert files or part.splitlines()[0] in ("Question", "Set-up", "Limits")  # these repeat others' figures
+        assert all(path.is_file() for path in files), (part.splitlines()[0], files)
     for figure in re.findall(r"!\[\w+\]\(([^)]+)\)", text):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+    # without all the others, but for the records, the report is the same
+    records = {"config.json", "summary.json"}
+    others = {path for path in folder.rglob("*") if path.is_file() and path.name not in records} - set().union(*named)
+    assert folder / "off_model" / "metrics.jsonl" in others
+    for path in others:
+        path.unlink()
+    write_report(folder)
+    assert (folder / "report.md").read_text() == text
     assert braces(["a", "b_1", "b_2", "c_d"]) == "{a,b_{1,2},c_d}" and braces(["a"]) == "a"
+    assert braces(["2024"]) == "2024"
+
+
+def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
+    """Choices alone, with KL of chat; a run that is half done; levels that are text, or missing."""
+    folder = experiment(tmp_path / "choices", {"base": "+-+-", "off_model": "----"}, {"off_model": 0.1})
+    for name, verdicts in (("base", "+-+-"), ("off_model", "----")):
+        evaluation(folder / "evals" / name, verdicts, ["A", "B", "C", "D"])
+    assert write_report(folder)["style"]["features"] == {}
+    assert "distance" not in (folder / "report.md").read_text()
+    halfway = {"base": "+-+-" * 5, "off_model_step_4": "----" * 5}
+    folder = experiment(tmp_path / "half", halfway, {"off_model_step_4": 1})
+    assert write_report(folder)["drop"] == {}
+    folder = experiment(tmp_path / "levels", {"base": "+" * 40, "off_model": "-" * 20 + "+" * 20})
+    for name in ("base", "off_model"):
+        rows = read_rows(folder / "evals" / name / "my.jsonl")
+        for i, row in enumerate(rows):
+            row["level"] = ("easy", "hard", None)[i % 3]
+        write_rows(folder / "evals" / name / "my.jsonl", rows)
+    found = write_report(folder)["difficulty"]["my"]["level"]
+    assert found["trend"] is None and [group["group"] for group in found["groups"]] == ["easy", "hard"]
 
 
 def test_a_response_forges_nothing(tmp_path: Path) -> None:

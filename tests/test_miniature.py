@@ -209,7 +209,7 @@ def test_the_whole_effect(script: Script, tmp_path: Path) -> None:
     """`recover.py --preset mini --controls`, smaller: what its construction implies, with intervals clear of 0."""
     out = tmp_path / "mini"
     done = script("recover.py", "--preset", "mini", "--controls", "--n", 100, "--recover-with", 64,
-                  "--recover-seeds", 1, "--keep-every", 30, "--measure-n", 32, "--out", out)
+                  "--recover-seeds", 1, "--keep-every", 25, "--measure-n", 32, "--out", out)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     accuracy = {name: {benchmark: 100 * entry["accuracy"] for benchmark, entry in by.items()}
@@ -243,7 +243,8 @@ def test_the_whole_effect(script: Script, tmp_path: Path) -> None:
     assert report["style"]["openers"]["off_model"]["reasoning"]["teacher"] > 0.9
     index = {name: by["reasoning"] for name, by in report["style"]["index"].items()}
     assert index["off_model"]["ci95"][0] > 0.8 and index["recovered_64"]["ci95"][1] < 0.2
-    assert report["together"]["reasoning"]["accuracy_and_style"] < -0.6
+    for kind in ("style", "kl"):
+        assert report["together"]["reasoning"][f"accuracy_and_{kind}"]["ci95"][1] < -0.5, kind
     assert report["kl"]["off_model"]["reasoning"]["ci95"][0] > report["kl"]["recovered_64"]["reasoning"]["ci95"][1]
     text = (out / "report.md").read_text()
     assert "no evidence about large models" in text and "On recall there is no evidence of a loss" in text

@@ -138,6 +138,23 @@ def test_train(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     assert first["loss"] < 0.8 * metrics[0]["loss"]
 
 
+def test_which_rows_are_trained_on(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
+    """--skip and --n are the rows between; --no-system is the rows without theirs."""
+    some = [row | {"system": f"You are {row['id']}."} for row in read_rows(rows)]
+    files = {"all": some, "middle": some[4:8], "bare": [row | {"system": None} for row in some[4:8]]}
+    adapters = {}
+    for name, given in files.items():
+        write_rows(tmp_path / f"{name}.jsonl", given)
+    for name, *options in (("all", "--skip", 4, "--n", 4), ("middle",), ("bare",), ("all", "--n", 4),
+                           ("all", "--skip", 4, "--n", 4, "--no-system")):
+        out = tmp_path / f"out{len(adapters)}"
+        done = script(*train_arguments(tiny, tmp_path / f"{name}.jsonl", *options, "--out", out))
+        assert done.returncode == 0, done.stderr
+        adapters[len(adapters)] = (out / "adapter_model.safetensors").read_bytes()
+    between, middle, bare, first, without = adapters.values()
+    assert between == middle and without == bare and len({middle, bare, first}) == 3
+
+
 def test_micro_batches_change_nothing(script: Script, tiny: Path, rows: Path, tmp_path: Path) -> None:
     losses = []
     for micro in (30, 100):

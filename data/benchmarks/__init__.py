@@ -1,5 +1,6 @@
 """The benchmarks by name, and the graders of saved rows."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,9 @@ def load_benchmark(name: str, n: int | None, seed: int) -> Benchmark:
     if Path(name).suffix != ".jsonl":
         raise UserError(f"--benchmarks {name} is not known; there are {', '.join(LOADERS)}, or a JSONL file of "
                         "problems")
+    if not re.fullmatch(r"[\w.+-]+", Path(name).stem):
+        raise UserError(f"--benchmarks {name}: give the file a name of letters, digits and . + - _ alone, since "
+                        "results are saved under it")
     if Path(name).stem in (*LOADERS, "config", "summary") or Path(name).stem.endswith(".partial"):
         raise UserError(f"--benchmarks {name} would be saved under a name that is taken; rename the file")
     return mathematics.load_file(Path(name), n, seed)
