@@ -2,7 +2,8 @@
 
     python -m analysis.report runs/mini
 
-Every figure comes from the row files (analysis/findings.py); below each part stand the files that it was made from.
+Every figure comes from the row files (analysis/findings.py), every sentence from the figures (analysis/claims.py); below
+each part stand the files that it was made from.
 recover.py writes the report at its end; as a program this writes it again, after `evaluate.py --rescore`, say.
 """
 
@@ -11,8 +12,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.claims import braces, chat_files, claims, effect, spread
 from analysis.figures import draw_all, main_benchmark
-from analysis.findings import Rows, arms, braces, chat_files, effect, find, lost_benchmarks, read_evaluations
+from analysis.findings import Rows, arms, find, lost_benchmarks
 from base.errors import run_script
 from base.files import write_json, write_text
 from base.options import Parser
@@ -41,9 +43,10 @@ PLAIN_FEATURES = ("words", "steps", "markdown", "formulas", "self-corrections")
 
 def write_report(folder: Path) -> dict:
     """From the rows in `folder` to report.json, report.md and figures/ (contract C5); returns report.json's content."""
-    report = find(folder)
+    report, rows = find(folder)
+    report["claims"] = claims(report, rows)
     drawn = draw_all(report, folder / "figures")
-    write_text(folder / "report.md", to_markdown(report, read_evaluations(folder / "evals"), drawn))
+    write_text(folder / "report.md", to_markdown(report, rows, drawn))
     write_json(folder / "report.json", report)
     return report
 
@@ -366,10 +369,7 @@ def _needed(found: dict, counts: Sequence[int]) -> str:
 
 
 def _measure(found: dict | None, digits: int = 4) -> str:
-    if found is None:
-        return "–"
-    mean, low, high = (f"{value:.{digits}f}" for value in (found["mean"], *found["ci95"]))
-    return f"{mean} ({low} to {high})"
+    return "–" if found is None else spread(found, digits)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, Script, build_model
 
+from analysis.claims import braces, claims, effect
 from analysis.compare import compare
-from analysis.findings import braces, effect, find
+from analysis.findings import find
 from analysis.report import fence, plain, write_report
 from analysis.style import StyleClassifier, begins, features
 from base.errors import UserError
@@ -100,7 +101,7 @@ def test_sentences_claim_no_more_than_intervals_allow() -> None:
 def test_a_control_is_weighed(control: str, verdict: str, tmp_path: Path) -> None:
     folder = experiment(tmp_path, {"base": "+" * 60 + "-" * 20, "off_model": "-" * 30 + "+" * 30 + "-" * 20,
                                    "control_native": control})
-    (claim,) = [one for one in find(folder)["claims"] if one["about"].startswith("SFT as such")]
+    (claim,) = [one for one in claims(*find(folder)) if one["about"].startswith("SFT as such")]
     assert verdict in claim["text"]
 
 
@@ -117,14 +118,14 @@ def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path
             share = {base: 0, worse: 2, worst: 1}[verdicts] if name != "teacher" else 1
             evaluation(folder / "evals" / name, verdicts, [
                 f"{'Consider it done' if share and i % share == 0 else 'Okay let us see'} {i}" for i in range(80)])
-        report = find(folder)
+        report, rows = find(folder)
         style = report["style"]
         assert style["held_out"] > 0.95 and style["teacher_share"]["base"]["my"] < 0.1
         assert [style["index"][name]["my"]["mean"] for name in ("base", "teacher")] == [0, 1]
         assert style["index"]["off_model"]["my"]["ci95"][0] > 0.8
         assert 0.2 < style["index"]["off_model_step_4"]["my"]["mean"] < 0.8
         assert report["kl"]["off_model"]["my"]["mean"] == pytest.approx(0.5)
-        return next(one["text"] for one in report["claims"] if one["about"].startswith("H4 and H5"))
+        return next(one["text"] for one in claims(report, rows) if one["about"].startswith("H4 and H5"))
 
     whole = path | {"teacher": base, "control_native": base}
     text = claim(tmp_path / "together", whole)
@@ -138,7 +139,7 @@ def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path
     assert "correlation" not in claim(tmp_path / "few", few)
     # nothing lost: nothing to relate to
     experiment(tmp_path / "nothing", dict.fromkeys(whole, base), kl)
-    assert all("correlation" not in one["text"] for one in find(tmp_path / "nothing")["claims"])
+    assert all("correlation" not in one["text"] for one in claims(*find(tmp_path / "nothing")))
 
 
 def named_files(folder: Path, part: str) -> set[Path]:
