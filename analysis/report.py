@@ -2,8 +2,8 @@
 
     python -m analysis.report runs/mini
 
-Every figure comes from the row files (analysis/findings.py), every sentence from the figures (analysis/claims.py); below
-each part stand the files that it was made from.
+Every figure comes from the row files (analysis/findings.py), every sentence from the figures (analysis/claims.py);
+below each part stand the files that it was made from.
 recover.py writes the report at its end; as a program this writes it again, after `evaluate.py --rescore`, say.
 """
 
