@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
+from base.files import read_json, same_run_folder, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
+from data.benchmarks import load_benchmarks, load_grader
+from data.benchmarks.problem import Benchmark
+from data.rows import GrowingRows, read_rows, write_rows
 from generate import (
     OPENER,
     check_adapter,
@@ -34,8 +38,6 @@ LEVELS = "draw problems of these levels alone, where a benchmark has levels (def
 BENCHMARKS = "mmlu, ifeval, math500, olympiads, reasoning, recall, format, or JSONL files of problems"
 
 if TYPE_CHECKING:
-    from data.benchmarks.problem import Benchmark
-    from data.rows import GrowingRows
     from model.chat import Chat
     from model.sampler import Sampler
 
@@ -77,9 +79,6 @@ def main(argv: list[str] | None = None) -> None:
         rescore(args.rescore)
         return
     from analysis.statistics import summarise
-    from base.files import same_run_folder, write_json, write_record
-    from data.benchmarks import load_benchmarks
-    from data.rows import read_rows
 
     benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed, args.levels)
     options = {"benchmarks": {b.name: b.dataset["sha256"] for b in benchmarks}, "n": args.n,
@@ -115,11 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / "summary.json", summary)  # last: it says that all is there
 
 
-def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list[dict],
+def answer(benchmark: Benchmark, sampler: "Sampler", chat: "Chat", prompts: list[dict],
            encoded: dict[str, list[int]], path: Path, opener: str) -> list[dict]:
     """The model's graded responses (C3), also written to `path`; what an earlier run left of them is kept."""
-    from data.rows import GrowingRows
-
     with GrowingRows(path) as rows:
         if benchmark.choices:
             pick(benchmark, sampler, chat, prompts, encoded, rows)
@@ -136,8 +133,8 @@ def answer(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: li
     return graded
 
 
-def pick(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list[dict],
-         encoded: dict[str, list[int]], rows: "GrowingRows") -> None:
+def pick(benchmark: Benchmark, sampler: "Sampler", chat: "Chat", prompts: list[dict],
+         encoded: dict[str, list[int]], rows: GrowingRows) -> None:
     """The likeliest of the benchmark's choices as first token of the response: one prefill, nothing sampled."""
     from tqdm import tqdm
 
@@ -162,8 +159,6 @@ def pick(benchmark: "Benchmark", sampler: "Sampler", chat: "Chat", prompts: list
 
 def grade(rows: list[dict], grader: str) -> list[dict]:
     """The rows with the verdicts that `grader` gives them now."""
-    from data.benchmarks import load_grader
-
     verdicts = load_grader(grader)(rows)
     return [row | {"correct": verdict.correct, "extracted": verdict.extracted, "note": verdict.note, **verdict.fields}
             for row, verdict in zip(rows, verdicts, strict=True)]
@@ -172,8 +167,6 @@ def grade(rows: list[dict], grader: str) -> list[dict]:
 def rescore(folder: Path) -> None:
     """Grade a folder's saved responses again and rewrite rows and summary."""
     from analysis.statistics import summarise
-    from base.files import read_json, write_json
-    from data.rows import read_rows, write_rows
 
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} has no summary.json: it is no finished evaluation")

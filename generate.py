@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, natural, number, positive_int, seed, temperature
+from base.files import same_run, write_record
+from base.hub import fingerprint, model_folder
+from base.options import Parser, device_options, natural, number, positive_int, resolve_device, seed, temperature
+from data.prompts import load_prompts
+from data.rows import GrowingRows
 
 PROMPTS = "alpaca, mini (the miniature's), or a JSONL file with id, prompt and, if any, system"
 OPENER = "what every response is made to begin with; it is part of the response, and no sampled token"
 
 if TYPE_CHECKING:
-    from data.rows import GrowingRows
     from model.chat import Chat
     from model.decoder import Decoder
     from model.sampler import Sampler
@@ -82,10 +85,6 @@ def cache_options(parser: argparse._ActionsContainer) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prompts in, response rows out."""
     args = parse(argv)
-    from base.files import same_run, write_record
-    from data.prompts import load_prompts
-    from data.rows import GrowingRows
-
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl")
     prompts, dataset = load_prompts(args.prompts, args.skip, args.n)
@@ -117,9 +116,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def model_identity(args: argparse.Namespace) -> dict:
     """What decides the model's numbers, for the record of a run."""
-    from base.hub import fingerprint, model_folder
-    from base.options import resolve_device
-
     return {"model": args.model, "model_revision": fingerprint(model_folder(args.model)),
             "adapter_revision": fingerprint(model_folder(args.adapter)) if args.adapter else None,
             "adapter_scale": args.adapter_scale if args.adapter else None,
@@ -134,8 +130,6 @@ def sampling_identity(args: argparse.Namespace) -> dict:
 
 def load_model(args: argparse.Namespace) -> tuple["Decoder", "Chat"]:
     """The model that --model, --adapter, --device and --dtype name, and its chat format."""
-    from base.hub import model_folder
-    from base.options import resolve_device
     from model import lora, weights
     from model.chat import Chat
 
@@ -163,7 +157,7 @@ def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict], opener
     return encoded
 
 
-def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]], rows: "GrowingRows",
+def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict[str, list[int]], rows: GrowingRows,
             title: str, opener: str = "") -> None:
     """Sample the responses that `rows` lacks, appending each as it finishes, under a progress bar."""
     from tqdm import tqdm

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
+from base.files import same_run_folder, sha256, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
+from data.rows import GrowingRows, read_rows
 from generate import check_adapter, load_model, model_identity, model_options
 from train import as_messages, encode_rows
 
@@ -39,6 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file of rows for each file")
     device_options(parser)
     args = parser.parse_args(argv)
+    if args.scramble is not None and args.adapter is None:
+        parser.error("--scramble takes the norms of an --adapter")
     check_adapter(parser, args)
     return args
 
@@ -48,9 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     from tqdm import tqdm
 
-    from base.files import same_run_folder, sha256, write_json, write_record
     from data.packing import group
-    from data.rows import GrowingRows, read_rows
     from model import lora
 
     files = {path.stem: path for path in args.responses}

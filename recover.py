@@ -13,7 +13,7 @@ generate.py, train.py, evaluate.py or measure.py, printed as it starts, that can
     off_model/       the student fine-tuned on teacher.jsonl; with --keep-every, steps/K on the way
     recovered/N/     off_model fine-tuned further on the first N rows of native.jsonl
     recovered_in_S_steps/N/   with --recover-steps S: the same in S steps, whatever N
-    recovered_seed_K/N/       with --recover-seeds: the same from other rows of native.jsonl, in another order
+    recovered…_seed_K/N/      with --recover-seeds: the same from other rows of native.jsonl, in another order
     controls/        with --controls: responses and adapters of the controls
     measures/…       with --controls: likelihood of the data, and the KL from the base model
     evals/…          base, teacher, off_model, recovered_…, scaled_…, control_…, …_in_…_style, …_under_system_…
@@ -41,7 +41,12 @@ import generate
 import measure
 import train
 from base.errors import UserError, run_script
-from base.options import Parser, device_options, number, positive_int, temperature
+from base.files import read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
+from base.hub import fingerprint, model_folder
+from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
+from data.benchmarks import load_benchmarks
+from data.prompts import load_prompts
+from data.rows import read_rows
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
 TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
@@ -139,7 +144,6 @@ def main(argv: list[str] | None = None) -> None:
         run_pair(args, args.student[0], args.teacher[0], args.out)
         return
     from analysis.matrix import write_matrix
-    from base.hub import model_folder
 
     names = {model: short_name(model) for model in (*args.student, *args.teacher)}
     if len(set(names.values())) < len(names):
@@ -155,12 +159,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) -> None:
     """The experiment for one pair in its folder, stage by stage."""
-    from base.files import same_run_folder, write_record
-    from base.hub import fingerprint, model_folder
-    from base.options import resolve_device
-    from data.benchmarks import load_benchmarks
-    from data.prompts import load_prompts
-
     # Whatever can be wrong with the input is found before the first hour is spent
     most, natives = args.recover_with[-1], args.recover_with[-1] * args.recover_seeds
     # what changes no result, or is better told by a checksum
@@ -264,10 +262,8 @@ def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path) -> None:
 
 class Pair:
     """A student, a teacher, and the stages of their experiment: each a script's command and what it writes."""
-
     def __init__(self, args: argparse.Namespace, student: str, teacher: str, out: Path, sampled: list[str]) -> None:
         """`sampled`: names of the benchmarks that are answered in words, not with a choice."""
-        from base.files import read_json
 
         self.args, self.student, self.teacher, self.out, self.sampled = args, student, teacher, out, sampled
         self.stages = read_json(out / "stages.json") if (out / "stages.json").exists() else {}
@@ -279,7 +275,6 @@ class Pair:
 
     def run(self, script: ModuleType, place: str, *arguments: object) -> Path:
         """Run one stage, which writes `place`, and note its time; returns the place's path."""
-        from base.files import write_json
 
         words = [*map(str, arguments), *as_arguments(self.args, MODEL)]
         stage = self.stages.setdefault(place, {"seconds": 0, "done": False})
@@ -340,8 +335,6 @@ class Pair:
 def matching_temperature(pair: Pair, likelihood: Path) -> float:
     """The temperature at which the student's own responses are as unlikely as the teacher's (nats per token under the
     student), by bisection; where there is none from 0 to HOTTEST, the end that is nearer."""
-    from base.files import read_json
-    from data.rows import read_rows
 
     target = read_json(likelihood / "summary.json")["teacher"]["nll_per_token"]
     low, high, misses = 0.0, HOTTEST, {}
@@ -358,8 +351,6 @@ def matching_temperature(pair: Pair, likelihood: Path) -> float:
 
 def steps_of(adapter: Path) -> int:
     """The optimiser steps of a finished training."""
-    from base.files import read_text
-
     return read_text(adapter / "metrics.jsonl").count("\n")
 
 
@@ -368,7 +359,6 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
 
     Commands that read this cell's files name its folder, and are nobody else's.
     """
-    from base.files import read_json, whole
 
     if (out / place).exists():
         return False
@@ -403,9 +393,6 @@ def _inputs(record: dict) -> tuple:
 
 def same_tokenizer(student: str, teacher: str) -> bool:
     """Whether the two models split text into the same tokens."""
-    from base.files import sha256
-    from base.hub import model_folder
-
     return len({sha256(model_folder(model) / "tokenizer.json") for model in (student, teacher)}) == 1
 
 

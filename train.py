@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.options import DTYPES, Parser, device_options, natural, number, positive_int, seed
+from base.files import same_run_folder, sha256, whole, write_record
+from base.hub import model_folder
+from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
+from data.rows import GrowingRows, read_rows
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -134,9 +137,6 @@ def resolve_adapter(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Response rows in, adapter or model out."""
     args = parse(argv)
-    from base.files import same_run_folder, sha256, write_record
-    from data.rows import GrowingRows, read_rows
-
     rows = [row | {"messages": as_messages(row, args.data)}
             for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
     end = args.skip + (args.n or 1)
@@ -166,8 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from tqdm import tqdm
 
-    from base.hub import model_folder
-    from base.options import resolve_device
     from data.packing import group, plan_steps
     from model import lora, weights
     from model.chat import Chat
@@ -446,7 +444,6 @@ def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
     """Save what the next step starts from: parameters and moments; order and dropout follow from the step."""
     from safetensors.torch import save_file
 
-    from base.files import whole
 
     tensors = {}
     for name, parameter in parameters.items():

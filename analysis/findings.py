@@ -1,4 +1,4 @@
-"""Every figure of an experiment's report, from the row files in its folder and nothing else.
+"""Every figure of an experiment's report, from the row files in its folder (and names, from the records).
 
 Nothing is remembered from the run: `python -m analysis.report DIR` finds what is there after `evaluate.py --rescore`.
 """

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 STOPPED = "stopped: what is finished is kept, and the same command continues from it"
-MEMORY = "error: out of memory; lower --slots (generate, evaluate) or --micro-batch-tokens (train)"
+MEMORY = "error: out of memory; lower --slots or --kv-memory (sampling) or --micro-batch-tokens (training)"
 
 
 class UserError(Exception):

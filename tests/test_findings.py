@@ -289,9 +289,9 @@ def test_measures_are_those_of_the_definition(script: Script, tmp_path: Path) ->
         assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-3) and row["kl"] > 0
     again = script(*common, "--adapter", tmp_path / "adapter", "--out", tmp_path / "moved")
     assert "done already" in again.stdout
-    refused = script("measure.py", "--model", student, "--responses", tmp_path / "own.jsonl", tmp_path / "own.jsonl",
-                     "--out", tmp_path / "twice")
-    assert refused.returncode == 2 and "names" in refused.stderr
+    for options, message in (((tmp_path / "own.jsonl",), "names"), (("--scramble", 1), "--scramble takes")):
+        refused = script(*common, *options, "--out", tmp_path / "twice")
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_matrix(script: Script, tiny: Path, tiny_teacher: Path, tmp_path: Path) -> None:
