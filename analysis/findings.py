@@ -31,6 +31,7 @@ ORDER = ("base", "teacher", "off_model_step", "off_model", "recovered", "scaled"
          "base_under", "off_model_under", "control")
 CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?(?:_seed_\d+)?)_(\d+)")  # an arm of the recovery, and N
 FORCED = ("base_in_teacher_style", "off_model_in_student_style")
+LEAST_SOLVED = 20  # problems, below which their quarters say nothing
 LEAST_PATH = 6  # checkpoints, below which a correlation says nothing
 
 
@@ -146,7 +147,7 @@ def difficulty(rows: Rows) -> dict:
             if not ordered:
                 kinds["level"]["trend"] = None
         solved = [pair for pair in pairs if pair[0]["correct"]]
-        if in_words(base) and len(solved) >= 8:
+        if in_words(base) and len(solved) >= LEAST_SOLVED:
             lengths = [len(one["response"]) for one, _ in solved]
             kinds["length"] = by_group(*zip(*solved, strict=True), quarters(lengths))
         if kinds:
