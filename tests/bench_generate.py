@@ -44,7 +44,7 @@ from model.attention import Decode
 from model.chat import Chat
 from model.config import read_config
 from model.decoder import Decoder
-from model.sampler import Sampler, common_prefix
+from model.sampler import Sampler
 
 NEW_TOKENS, SLOTS, TURN = 256, 128, 16
 TRIAL_PROMPT, TRIAL_TOKENS = 100, 32  # so that a trial's positions are those in the middle of the job
@@ -319,7 +319,7 @@ def prefix(args: argparse.Namespace) -> dict:
     for cut in range(400, 500):  # of the examples; the template adds a little
         system = chat.decode(examples[:cut])
         prompts = [(row["id"], chat.prompt(row["prompt"], system)) for row in questions]
-        shared = common_prefix([tokens for _, tokens in prompts])
+        shared = len(os.path.commonprefix([tokens for _, tokens in prompts]))
         if shared >= 500:
             break
     samples = [(f"{id} {i}", tokens) for id, tokens in prompts for i in range(4)]
