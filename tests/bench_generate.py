@@ -20,6 +20,7 @@ of them as a line of JSON come last.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
