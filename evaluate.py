@@ -66,8 +66,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--rescore takes nothing but the folder: the rows are graded again as they are")
     if args.rescore is None and missing:
         parser.error(f"the following arguments are required: {', '.join(missing)} (or --rescore DIR alone)")
-    if args.scramble is not None and args.adapter is None:
-        parser.error("--scramble takes the norms of an --adapter")
     check_adapter(parser, args)
     return args
 

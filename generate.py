@@ -47,9 +47,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse --adapter-scale without --adapter, and fill in its default."""
+    """Refuse --adapter-scale and --scramble without --adapter, and fill in the default of the first."""
     if args.adapter_scale is not None and args.adapter is None:
         parser.error("--adapter-scale needs an --adapter")
+    if vars(args).get("scramble") is not None and args.adapter is None:  # not every script has it
+        parser.error("--scramble takes the norms of an --adapter")
     args.adapter_scale = 1.0 if args.adapter_scale is None else args.adapter_scale
 
 

@@ -24,7 +24,7 @@ from train import as_messages, encode_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.packing import Example
+    from data.packing import Batch, Example
     from model.decoder import Decoder
 
 TOKENS = 1024  # in one forward pass
@@ -41,8 +41,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a file of rows for each file")
     device_options(parser)
     args = parser.parse_args(argv)
-    if args.scramble is not None and args.adapter is None:
-        parser.error("--scramble takes the norms of an --adapter")
     check_adapter(parser, args)
     return args
 
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     from tqdm import tqdm
 
-    from data.packing import group
+    from data.packing import group, pack
     from model import lora
 
     files = {path.stem: path for path in args.responses}
@@ -73,23 +71,24 @@ def main(argv: list[str] | None = None) -> None:
         messages = [row | {"messages": as_messages(row, files[name])} for row in given]
         examples, dropped[name] = encode_rows(chat, messages, model.config.max_positions, drop_long=True)
         groups = group(range(len(examples)), [len(example.tokens) for example in examples], TOKENS)
-        parts[name] = [[examples[i] for i in part] for part in groups]
+        chosen = [[examples[i] for i in part] for part in groups]
+        parts[name] = [(part, pack(part, model.device)) for part in chosen]
     before = None
     if args.adapter:  # first, since noise overwrites the base model's weights
         with lora.disabled(model):
-            before = {name: [states(model, part) for part in some] for name, some in parts.items()}
+            before = {name: [states(model, batch) for _, batch in some] for name, some in parts.items()}
         if args.scramble is not None:
             lora.scramble(model, args.scramble)
     summary = {}
     for name, some in parts.items():
-        bar = tqdm(total=sum(map(len, some)), desc=f"{args.out.name}/{name}", unit="row", disable=None)
+        bar = tqdm(total=sum(len(part) for part, _ in some), desc=f"{args.out.name}/{name}", unit="row", disable=None)
         with GrowingRows(args.out / f"{name}.jsonl") as saved, bar as progress:
-            for i, part in enumerate(some):
+            for i, (part, batch) in enumerate(some):
                 if part[-1].id not in saved.rows:  # all of a part or none: a row is the same in the same company
-                    for row in measure(model, part, before and before[name][i]):
+                    for row in measure(model, part, batch, before and before[name][i]):
                         saved.append(row)
                 progress.update(len(part))
-            measured = [saved.rows[example.id] for part in some for example in part]
+            measured = [saved.rows[example.id] for part, _ in some for example in part]
             saved.finish(measured)
         tokens = sum(row["tokens"] for row in measured)
         summary[name] = {"n": len(measured), "dropped": len(dropped[name]), "tokens": tokens,
@@ -100,29 +99,25 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / "summary.json", summary)  # last: it says that all is there
 
 
-def states(model: "Decoder", part: list["Example"]) -> "Tensor":
-    """Hidden states (N, E), on the CPU, of the positions before all supervised tokens of some examples."""
+def states(model: "Decoder", batch: "Batch") -> "Tensor":
+    """Hidden states (N, E), on the CPU, of the positions before all supervised tokens of a batch."""
     import torch
 
-    from data.packing import pack
     from model.attention import Packed
 
-    batch = pack(part, model.device)
     with torch.inference_mode():
         return model(batch.tokens, batch.positions, Packed(batch.lengths))[batch.sources].cpu()
 
 
-def measure(model: "Decoder", part: list["Example"], before: "Tensor | None") -> list[dict]:
-    """A row of measures for each example; `before` are the base model's `states`, where this isn't it."""
-    from data.packing import pack
+def measure(model: "Decoder", part: list["Example"], batch: "Batch", before: "Tensor | None") -> list[dict]:
+    """A row of measures for each example of a batch; `before` are the base model's `states`, where this isn't it."""
     from model.loss import divergence
 
-    targets = pack(part, model.device).targets
-    now, base = (None if hidden is None else hidden.to(model.device) for hidden in (states(model, part), before))
+    now, base = (None if hidden is None else hidden.to(model.device) for hidden in (states(model, batch), before))
     counts = [example.supervised for example in part]
     kinds = ("nll", "base_nll", "kl")  # without a base the first alone
     found = {kind: [one.sum().item() for one in values.double().split(counts)]
-             for kind, values in zip(kinds, divergence(now, base, model.lm_head.weight, targets), strict=False)}
+             for kind, values in zip(kinds, divergence(now, base, model.lm_head.weight, batch.targets), strict=False)}
     if not all(math.isfinite(value) for values in found.values() for value in values):
         raise UserError("the model's output is not finite: its weights or its adapter are damaged")
     return [{"id": example.id, "tokens": count, **{kind: round(values[i], 5) for kind, values in found.items()}}

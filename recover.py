@@ -182,11 +182,9 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
         "note": ORGANISM if {MINIATURE} == {Path(student).parent, Path(teacher).parent} else ""})
 
     pair = Pair(args, student, teacher, out, [benchmark.name for benchmark in benchmarks if not benchmark.choices])
-    first = ("--skip", 0, "--n", args.n_train)  # the prompts of SFT …
-    behind = ("--skip", args.n_train, "--n", natives)  # … and of recovery, which are others
-    teacher_rows = pair.respond("teacher.jsonl", teacher, *first)
+    teacher_rows = pair.respond("teacher.jsonl", teacher, 0, args.n_train)
     pair.evaluate("teacher", teacher)
-    native_rows = pair.respond("native.jsonl", student, *behind)
+    native_rows = pair.respond("native.jsonl", student, args.n_train, natives)  # recovery's prompts are others
     pair.evaluate("base", student)
 
     off_model = pair.sft("off_model", teacher_rows, *as_arguments(args, ("epochs", "steps", "keep_every")))
@@ -230,11 +228,11 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
 def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path) -> None:
     """One control for each explanation of what SFT on the teacher's responses has cost."""
     args, student, teacher = pair.args, pair.student, pair.teacher
-    first, most = ("--skip", 0, "--n", args.n_train), args.recover_with[-1]
+    most = args.recover_with[-1]
 
     def control(name: str, model: str, *more: object) -> None:
         """SFT of as many steps as off_model's, on other responses to the same prompts."""
-        rows = pair.respond(f"controls/{name}.jsonl", model, *first, *more)
+        rows = pair.respond(f"controls/{name}.jsonl", model, 0, args.n_train, *more)
         pair.follow(f"control_{name}", pair.sft(f"controls/{name}", rows, "--steps", steps_of(off_model)))
 
     # Is it SFT as such? Is it that the data is unlikely under the student, whoever wrote it?
@@ -248,7 +246,7 @@ def run_controls(pair: "Pair", off_model: Path, teacher_rows: Path) -> None:
         name = "control_noise" if i == 0 else f"control_noise_seed_{i}"
         pair.follow(name, off_model, "--scramble", args.seed + i)
     # Is it more training, of any kind, that brings back what was lost? (The recovery's prompts, steps and rate)
-    more_rows = pair.respond("controls/more_teacher.jsonl", teacher, "--skip", args.n_train, "--n", most)
+    more_rows = pair.respond("controls/more_teacher.jsonl", teacher, args.n_train, most)
     adapter = pair.recover("controls/more_teacher", more_rows, "--steps", steps_of(pair.out / f"recovered/{most}"))
     pair.follow("control_more_teacher", adapter)
     # How far along the way from base to off-model does it break?
@@ -264,7 +262,6 @@ class Pair:
     """A student, a teacher, and the stages of their experiment: each a script's command and what it writes."""
     def __init__(self, args: argparse.Namespace, student: str, teacher: str, out: Path, sampled: list[str]) -> None:
         """`sampled`: names of the benchmarks that are answered in words, not with a choice."""
-
         self.args, self.student, self.teacher, self.out, self.sampled = args, student, teacher, out, sampled
         self.stages = read_json(out / "stages.json") if (out / "stages.json").exists() else {}
         self.forced = args.openers or args.style_systems
@@ -275,7 +272,6 @@ class Pair:
 
     def run(self, script: ModuleType, place: str, *arguments: object) -> Path:
         """Run one stage, which writes `place`, and note its time; returns the place's path."""
-
         words = [*map(str, arguments), *as_arguments(self.args, MODEL)]
         stage = self.stages.setdefault(place, {"seconds": 0, "done": False})
         stage["command"] = ["python", f"{script.__name__}.py", *words]
@@ -292,10 +288,10 @@ class Pair:
             gc.collect()  # the stage's model, before the next one loads its own
         return self.out / place
 
-    def respond(self, place: str, model: str, *more: object) -> Path:
-        """A model's responses to some of the prompts, at --temperature unless `more` gives another."""
+    def respond(self, place: str, model: str, skip: int, n: int, *more: object) -> Path:
+        """A model's responses to n prompts behind the first `skip`, at --temperature unless `more` gives another."""
         return self.run(generate, place, "--model", model, "--prompts", self.args.prompts, "--temperature",
-                        self.args.temperature, *more, *self.sampling)
+                        self.args.temperature, "--skip", skip, "--n", n, *more, *self.sampling)
 
     def evaluate(self, checkpoint: str, model: str, *more: object) -> Path:
         """A model, or with --adapter in `more` that adapter, on the benchmarks."""
@@ -335,12 +331,11 @@ class Pair:
 def matching_temperature(pair: Pair, likelihood: Path) -> float:
     """The temperature at which the student's own responses are as unlikely as the teacher's (nats per token under the
     student), by bisection; where there is none from 0 to HOTTEST, the end that is nearer."""
-
     target = read_json(likelihood / "summary.json")["teacher"]["nll_per_token"]
     low, high, misses = 0.0, HOTTEST, {}
     for _ in range(TRIALS):
         middle = (low + high) / 2
-        trial = pair.respond(f"controls/trials/{middle}.jsonl", pair.student, "--skip", 0, "--n",
+        trial = pair.respond(f"controls/trials/{middle}.jsonl", pair.student, 0,
                              min(pair.args.n_train, pair.args.measure_n), "--temperature", middle)
         rows = read_rows(trial)
         nll = -sum(row["logprob"] for row in rows) / sum(row["response_tokens"] for row in rows)
@@ -359,7 +354,6 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
 
     Commands that read this cell's files name its folder, and are nobody else's.
     """
-
     if (out / place).exists():
         return False
     ours = read_json(out / "config.json")

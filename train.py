@@ -444,7 +444,6 @@ def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
     """Save what the next step starts from: parameters and moments; order and dropout follow from the step."""
     from safetensors.torch import save_file
 
-
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"{name}:value"] = parameter.data

@@ -6,7 +6,7 @@ interval leaves more open, it is "a part of it at most".
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from analysis.findings import FORCED, Rows, arms, in_words, lost_benchmarks, verdicts
 from analysis.statistics import paired_difference
@@ -26,7 +26,7 @@ def claims(report: dict, rows: Rows) -> list[dict]:
     def claim(about: str, sentences: Sequence[str], names: Sequence[str], measured: Sequence[str] = (),
               on: Sequence[str] = where) -> None:
         if sentences:
-            sources = [f"evals/{braces(['base', 'off_model', *names])}/{braces(on)}.jsonl"] if names else []
+            sources = files("evals", ["base", "off_model", *names], on) if names else []
             found.append({"about": about, "text": " ".join(sentences), "rows": [*sources, *measured]})
 
     def versus(name: str, benchmark: str) -> dict:
@@ -62,7 +62,7 @@ def claims(report: dict, rows: Rows) -> list[dict]:
         sentences = []
         for benchmark in where:
             to_teacher = report["drops"]["teacher"][benchmark]
-            below = paired_difference(verdicts(rows["teacher"][benchmark]), verdicts(rows["off_model"][benchmark]))
+            below = versus("teacher", benchmark)
             accuracy = 100 * report["checkpoints"]["teacher"][benchmark]["accuracy"]
             said = f"On {benchmark} the teacher has {accuracy:.1f} %: against base {effect(to_teacher, 'lower score')}"
             if benchmark in lost:
@@ -131,7 +131,7 @@ def claims(report: dict, rows: Rows) -> list[dict]:
             away = {name: versus(name, benchmark) for name in report["kl"] if name not in one["path"]}
             claim("H4 and H5, style and distance", _moves(benchmark, one, report, away),
                   [*one["path"], "teacher", *away],
-                  [*chat_files(report), *_measured(report["kl"], [benchmark])], [benchmark])
+                  [*chat_files(report), *files("measures", report["kl"], [benchmark])], [benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
             base, which = name.replace("off_model", "base"), int(name.rpartition("_")[2]) - 1
@@ -184,9 +184,9 @@ def effect(found: dict, what: str = "loss") -> str:
     opposite = {"loss": "gain", "lower score": "higher score"}[what]
     points, (low, high) = found["points"], found["ci95"]
     if low > 0:
-        return f"a {what} of {points:.1f} points ({low:.1f} to {high:.1f})"
+        return f"a {what} of {_points(found)}"
     if high < 0:
-        return f"a {opposite} of {-points:.1f} points ({-high:.1f} to {-low:.1f})"
+        return f"a {opposite} of {interval(-points, (-high, -low), 1, ' points')}"
     return f"no evidence of a {what} ({points:.1f} points, {low:.1f} to {high:.1f})"
 
 
@@ -207,27 +207,30 @@ def chat_files(report: dict) -> list[str]:
     return [name for role in ("teacher", "student") for name in report["style"]["responses"][role]]
 
 
-def _measured(kl: dict[str, dict], stems: Sequence[str]) -> list[str]:
-    """The files of KL rows, if there are any."""
-    return [f"measures/{braces(list(kl))}/{braces(stems)}.jsonl"] if kl else []
+def files(place: str, names: Iterable[str], stems: Iterable[str]) -> list[str]:
+    """The row files of some checkpoints in evals/ or measures/, as one entry; of none, none."""
+    names, stems = list(names), list(stems)
+    return [f"{place}/{braces(names)}/{braces(stems)}.jsonl"] if names else []
+
+
+def interval(value: float, ci95: Sequence[float], digits: int, unit: str = "") -> str:
+    """A value with its 95 % interval."""
+    low, high = ci95
+    return f"{value:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _points(found: dict) -> str:
-    low, high = found["ci95"]
-    return f"{found['points']:.1f} points ({low:.1f} to {high:.1f})"
+    return interval(found["points"], found["ci95"], 1, " points")
 
 
 def _gain(found: dict) -> str:
-    low, high = found["ci95"]
-    return f"{_points(found)} back" if low > 0 else f"no evidence of a gain ({_points(found)})"
+    return f"{_points(found)} back" if found["ci95"][0] > 0 else f"no evidence of a gain ({_points(found)})"
 
 
 def _nats(found: dict) -> str:
-    low, high = found["ci95"]
-    return f"{found['mean']:.3f} nats ({low:.3f} to {high:.3f})"
+    return interval(found["mean"], found["ci95"], 3, " nats")
 
 
 def spread(found: dict, digits: int = 4) -> str:
     """A mean with its interval."""
-    mean, low, high = (f"{value:.{digits}f}" for value in (found["mean"], *found["ci95"]))
-    return f"{mean} ({low} to {high})"
+    return interval(found["mean"], found["ci95"], digits)

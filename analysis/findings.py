@@ -21,6 +21,7 @@ from analysis.statistics import (
     recovery,
     summarise,
 )
+from analysis.style import StyleClassifier, begins, features
 from base.errors import UserError
 from base.files import read_json
 from data.rows import read_rows
@@ -85,13 +86,11 @@ def verdicts(rows: Sequence[dict]) -> list[bool]:
 
 def losses(rows: Rows) -> dict:
     """What each checkpoint has lost against base: "drops", and of off_model alone "drop" and "lost", as in C5."""
-    drops = {name: {benchmark: paired_difference(verdicts(first), verdicts(rows[name][benchmark]))
-                    for benchmark, first in rows["base"].items()} for name in rows if name != "base"}
     # under another system prompt, against base under the same
-    for name in drops:
-        if (other := name.replace("off_model", "base")) != name and other in rows and "_under_" in name:
-            drops[name] = {benchmark: paired_difference(verdicts(rows[other][benchmark]), verdicts(graded))
-                           for benchmark, graded in rows[name].items()}
+    against = {name: before for name in rows if name.startswith("off_model_under")
+               and (before := name.replace("off_model", "base")) in rows}
+    drops = {name: {benchmark: paired_difference(verdicts(first), verdicts(rows[name][benchmark]))
+                    for benchmark, first in rows[against.get(name, "base")].items()} for name in rows if name != "base"}
     found = {"drops": drops, "drop": drops.get("off_model", {}), "lost": {}}
     for benchmark in found["drop"]:
         one = compare_rows(rows["base"][benchmark], rows["off_model"][benchmark])
@@ -168,8 +167,6 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     "teacher_share": the share that it calls the teacher's, as they are. "features" and, with openers, "openers".
     "held_out" is the classifier's accuracy on chat.
     """
-    from analysis.style import StyleClassifier, begins, features
-
     worded = [benchmark for benchmark, graded in rows["base"].items() if in_words(graded)]
     chats = {"student": [folder / "native.jsonl", folder / "controls" / "native.jsonl"],
              "teacher": [folder / "teacher.jsonl"]}
@@ -221,8 +218,8 @@ def together(report: dict, rows: Rows) -> dict:
     """Along SFT and recovery: {benchmark: the path's checkpoints, their accuracy, style index and KL on the base
     model's own responses (None where there is none), and the correlations of accuracy with both}."""
     index, kls, found = report["style"]["index"], report["kl"], {}
-    path = [name for name in rows if name == "base" or name.startswith("off_model_step") or name == "off_model"
-            or (CURVE.fullmatch(name) or [None, None])[1] == "recovered"]
+    path = [name for name in rows if name in ("base", "off_model") or name.startswith("off_model_step")]
+    path += [f"recovered_{n}" for n in arms(list(rows)).get("recovered", [])]
     for benchmark in report["style"]["features"].get("base", {}):
         style = [(index.get(name, {}).get(benchmark) or {}).get("mean") for name in path]
         kl = [0.0 if name == "base" else kls.get(name, {}).get(benchmark, {}).get("mean") for name in path]

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.claims import interval
 from analysis.figures import INK, new_figure
 from analysis.report import plain, table
 from base.errors import UserError, run_script
@@ -45,7 +46,7 @@ def write_matrix(folder: Path) -> dict[str, dict]:
 def _cell(report: dict, benchmark: str) -> str:
     drop = report["drop"][benchmark]
     base, off = (100 * report["checkpoints"][name][benchmark]["accuracy"] for name in ("base", "off_model"))
-    return f"{drop['points']:.1f} ({drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}); {base:.1f} → {off:.1f}"
+    return f"{interval(drop['points'], drop['ci95'], 1)}; {base:.1f} → {off:.1f}"
 
 
 def draw_matrix(reports: dict[str, dict], benchmarks: list[str]) -> "Figure":

@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.claims import braces, chat_files, claims, effect, spread
+from analysis.claims import chat_files, claims, effect, files, spread
 from analysis.figures import draw_all, main_benchmark
 from analysis.findings import Rows, arms, find, lost_benchmarks
+from analysis.style import FEATURES
 from base.errors import run_script
 from base.files import write_json, write_text
 from base.options import Parser
@@ -38,7 +39,6 @@ MEANING = {
 }
 OVERVIEW = ("base", "off_model", "base_in_teacher_style", "off_model_in_student_style", "control_more_teacher")
 SHOWN = 700  # characters of a response in a transcript, around the place where it parts from base's
-PLAIN_FEATURES = ("words", "steps", "markdown", "formulas", "self-corrections")
 
 
 def write_report(folder: Path) -> dict:
@@ -83,7 +83,7 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     page.add("Accuracy",
              f"In %, with 95 % Wilson intervals; the same problems for every checkpoint (n = {counts}). "
              "recovered_N is off_model, trained on N of the student's own responses to other prompts. The table at the "
-             "end has every checkpoint.", _accuracies(checkpoints, main), sources=_evals(main, benchmarks))
+             "end has every checkpoint.", _accuracies(checkpoints, main), sources=files("evals", main, benchmarks))
     if report["drop"]:
         _add_losses(page, report, benchmarks)
     if recovered:
@@ -91,7 +91,7 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     if report["claims"]:
         page.add("Why: what each control says", "\n".join(
             f"- **{plain(one['about'])}.** {plain(one['text'])} <sub>{', '.join(f'`{name}`' for name in one['rows'])}"
-            "</sub>" for one in report["claims"]), sources=_evals(list(checkpoints), benchmarks), figure="accuracy")
+            "</sub>" for one in report["claims"]), sources=files("evals", checkpoints, benchmarks), figure="accuracy")
     _add_style(page, report, main)
     if "off_model" in rows and main_benchmark(report):
         _add_transcripts(page, rows, main_benchmark(report), recovered)
@@ -139,7 +139,7 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
              table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
                     "all cut, base → off", "all without an answer"],
                    [_drop_row(name, report) for name in benchmarks]),
-             sources=_evals([name for name in report["checkpoints"]
+             sources=files("evals", [name for name in report["checkpoints"]
                              if name in OVERVIEW or name.startswith("recovered")], benchmarks), figure="overview")
     sentences, body, lost = [], [], lost_benchmarks(report)
     for benchmark, kinds in report["difficulty"].items():
@@ -157,7 +157,7 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
         page.add("By difficulty", " ".join(sentences), "By level: all problems that have one. By length: those that "
                  "base solved, some of which it would not solve again, so that a part of the loss there is chance.",
                  table(["benchmark", "by", "group", "n", "lost, points", "95 %"], body),
-                 sources=_evals(["base", "off_model"], list(report["difficulty"])))
+                 sources=files("evals", ["base", "off_model"], report["difficulty"]))
 
 
 def _add_recovery(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
@@ -176,7 +176,7 @@ def _add_recovery(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
              "bootstrap intervals over problems (and over seeds, from three on); – where nothing was lost. By epochs, "
              "more examples are more steps too. Last, the N that brings back 80 %, by a log-logistic curve through "
              "three shares or more, where the loss is clear of 0.", *tables,
-             sources=_evals([name for name in report["checkpoints"]
+             sources=files("evals", [name for name in report["checkpoints"]
                              if name in ("base", "off_model", "control_more_teacher") or name.startswith("recovered")],
                             benchmarks),
              figure="recovery")
@@ -205,25 +205,26 @@ def _add_style(page: Page, report: dict, main: Sequence[str]) -> None:
             body.append([benchmark, name, f"{100 * accuracy:.1f}", _measure(index, 2),
                          "–" if share is None else f"{100 * share:.0f}",
                          f"{100 * begun['student']:.0f} / {100 * begun['teacher']:.0f}" if begun else "–",
-                         *(f"{one[kind]:.1f}" for kind in PLAIN_FEATURES),
+                         *(f"{one[kind]:.1f}" for kind in FEATURES),
                          f"{one['opening'][:24]} ({100 * one['opening_share']:.0f} %)"])
     heads = ["benchmark", "checkpoint", "accuracy, %", "style index", "called the teacher's, %",
-             "begin as student's / teacher's, %", *PLAIN_FEATURES, "most begin"]
+             "begin as student's / teacher's, %", *FEATURES, "most begin"]
     scaled = [name for name in features if name.startswith("scaled")]
     page.add("Style", f"Means per response.{held}", table(heads, body),
-             sources=[*chat_files(report), *_evals([*names, *scaled], benchmarks)], figure="style")
+             sources=[*chat_files(report), *files("evals", [*names, *scaled], benchmarks)], figure="style")
     if report["kl"]:
         page.add("Distance", "KL(base ‖ checkpoint), nats per token, on the base model's own responses to chat prompts "
                  "(native) and to benchmarks; the figures are in the last table.",
-                 sources=[*_measures(report["kl"]), *_evals(list(report["kl"]), benchmarks)], figure="distance")
+                 sources=[*files("measures", report["kl"], next(iter(report["kl"].values()))),
+                          *files("evals", report["kl"], benchmarks)], figure="distance")
     if report["ratio"]:
         stems = list(next(iter(report["ratio"].values())))
         page.add("Whose responses", "Log-likelihood under the original student minus that under the teacher, nats per "
                  "token: above 0 the responses are more the student's.",
                  table(["checkpoint", *stems], [[name, *(_measure(of.get(stem)) for stem in stems)]
                                                 for name, of in report["ratio"].items()]),
-                 sources=_measures({f"{name}_under_{role}": of for name, of in report["ratio"].items()
-                                    for role in ("student", "teacher")}))
+                 sources=files("measures", [f"{name}_under_{role}" for name in report["ratio"]
+                                            for role in ("student", "teacher")], stems))
 
 
 def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
@@ -238,7 +239,7 @@ def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
                     *(f"KL on {stem}" for stem in stems)], body),
              "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
                        if any(_kind(name) == kind for name in checkpoints)),
-             sources=[*_evals(list(checkpoints), benchmarks), *chat_files(report), *_measures(kl)])
+             sources=[*files("evals", checkpoints, benchmarks), *chat_files(report), *files("measures", kl, stems)])
     if report["seconds"]:
         longest = sorted(report["seconds"].items(), key=lambda item: -item[1])[:5]
         page.add("Time", f"{sum(report['seconds'].values()) / 60:.1f} minutes in {len(report['seconds'])} stages; the "
@@ -266,7 +267,7 @@ def _add_transcripts(page: Page, rows: Rows, benchmark: str, recovered: Sequence
         text = texts[i] if i == 2 else f"{texts[i][:parting]}⟪⟫{texts[i][parting:]}"
         shown = ("…" if start else "") + text[start : start + SHOWN] + ("…" if len(text) > start + SHOWN else "")
         paragraphs += [f"{name} ({said}):", fence(shown)]
-    page.add("The same problem, before and after", *paragraphs, sources=_evals(names, [benchmark]))
+    page.add("The same problem, before and after", *paragraphs, sources=files("evals", names, [benchmark]))
 
 
 def _limits(report: dict) -> list[str]:
@@ -320,14 +321,6 @@ def fence(text: str) -> str:
 def _printable(text: str) -> str:
     """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _evals(names: Sequence[str], benchmarks: Sequence[str]) -> list[str]:
-    return [f"evals/{braces(names)}/{braces(benchmarks)}.jsonl"]
-
-
-def _measures(kl: dict[str, dict]) -> list[str]:
-    return [f"measures/{braces(list(kl))}/{braces(list(next(iter(kl.values()))))}.jsonl"] if kl else []
 
 
 def _kind(checkpoint: str) -> str | None:

@@ -52,11 +52,15 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], seed: int =
     return {"points": 100 * (lost - gained) / n, "ci95": [float(low), float(high)], "p": mcnemar(lost, gained)}
 
 
+def _resamples(rows: int, seed: int) -> np.ndarray:
+    """(2000, rows) bootstrap samples: how often each row is in each."""
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=2_000)
+
+
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> dict:
     """sum(numerators) / sum(denominators) as "mean", and "ci95" by a bootstrap over rows: nats per token, say."""
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
-    # a resample is how often each row is in it
-    counts = np.random.default_rng(seed).multinomial(len(top), np.full(len(top), 1 / len(top)), size=2_000)
+    counts = _resamples(len(top), seed)
     low, high = np.percentile(counts @ top / (counts @ bottom), [2.5, 97.5])
     return {"mean": float(top.sum() / bottom.sum()), "ci95": [float(low), float(high)]}
 
@@ -65,13 +69,11 @@ def between(values: Sequence[float], low: Sequence[float], high: Sequence[float]
     """Where the mean of `values` lies between those of `low` (0) and `high` (1), with "ci95", by a bootstrap over the
     problems that all three are on; None where `low` and `high` are not apart."""
     numbers = np.array([values, low, high], float)
-    drawn = np.random.default_rng(seed).multinomial(numbers.shape[1], np.full(numbers.shape[1], 1 / numbers.shape[1]),
-                                                    size=2_000)
 
     def place(sums: np.ndarray) -> np.ndarray:
         return (sums[0] - sums[1]) / (sums[2] - sums[1])
 
-    sums = numbers @ drawn.T  # (3, D)
+    sums = numbers @ _resamples(numbers.shape[1], seed).T  # (3, D)
     if (sums[2] <= sums[1]).mean() > 0.025:
         return None
     bounds = np.percentile(place(sums[:, sums[2] > sums[1]]), [2.5, 97.5])
@@ -199,8 +201,7 @@ def correlation(graded: np.ndarray, values: Sequence[float], seed: int = 0) -> d
     if not np.ptp(mean) or not np.ptp(places):
         return None
     problems = graded.shape[1]
-    drawn = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=2_000)
-    bounds = np.percentile(correlate(drawn @ graded.T / problems), [2.5, 97.5])
+    bounds = np.percentile(correlate(_resamples(problems, seed) @ graded.T / problems), [2.5, 97.5])
     return {"mean": float(correlate(mean[None])[0]), "ci95": bounds.tolist()}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 
@@ -44,10 +45,8 @@ class StyleClassifier:
                             max_features=50_000),
             LogisticRegression(C=10.0, class_weight="balanced", max_iter=1_000))
         folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        right = [guess == label for guess, label in zip(cross_val_predict(model, texts, labels, cv=folds), labels,
-                                                        strict=True)]
-        shares = [sum(part) / len(part) for part in (right[: len(student)], right[len(student) :])]
-        return cls(model.fit(texts, labels), sum(shares) / 2)
+        accuracy = balanced_accuracy_score(labels, cross_val_predict(model, texts, labels, cv=folds))
+        return cls(model.fit(texts, labels), float(accuracy))
 
     def scores(self, responses: Sequence[str]) -> list[float]:
         """For each response the log-odds that it is the teacher's: above 0 it is more like the teacher's chat."""
