@@ -106,7 +106,7 @@ def states(model: "Decoder", batch: "Batch") -> "Tensor":
     from model.attention import Packed
 
     with torch.inference_mode():
-        return model(batch.tokens, batch.positions, Packed(batch.lengths))[batch.sources].cpu()
+        return model(batch.tokens, batch.positions, Packed(batch.lengths, batch.shared))[batch.sources].cpu()
 
 
 def measure(model: "Decoder", part: list["Example"], batch: "Batch", before: "Tensor | None") -> list[dict]:

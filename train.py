@@ -306,7 +306,7 @@ def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: 
     from model.loss import chunked_nll
 
     batch = pack(examples, model.device, prompt_loss_weight)
-    hidden = model(batch.tokens, batch.positions, Packed(batch.lengths))  # (T, E)
+    hidden = model(batch.tokens, batch.positions, Packed(batch.lengths, batch.shared))  # (T, E)
     # the head sees the places that predict a token of the loss, and no others
     return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
 

@@ -36,14 +36,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Packed:
-    """Causal attention within each of the sequences that lie one behind the other in the stream."""
+    """Causal attention within each of the sequences that lie one behind the other in the stream; the first one's first
+    `shared` tokens are the beginning of all."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, lengths: Sequence[int], shared: int = 0) -> None:
+        self.lengths, self.shared = list(lengths), shared
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         """(T, H, D) mixed values; see `Attend`."""
-        return attend_packed(rotate(q, *rotation), rotate(k, *rotation), v, self.lengths)
+        return attend_packed(rotate(q, *rotation), rotate(k, *rotation), v, self.lengths, self.shared)
 
 
 class _Cached:
@@ -135,26 +136,33 @@ class Pages:
         self.unseen = torch.arange(BLOCK, device=table.device) > (lengths[:, None] - 1) % BLOCK  # (B, BLOCK), in that
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Causal attention within each sequence: q (T, H, D), k and v (T, K, D), sum(lengths) = T, to (T, H, D).
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
+    """Causal attention within each sequence: q (T, H, D), k and v (T, K, D), sum(lengths) = T, to (T, H, D). Sequences
+    behind the first see its first `shared` tokens too.
 
-    One fused call per sequence. A single call with a block-diagonal mask would compute, and hold, T × T scores.
+    One fused call per sequence. A single call with a block-diagonal mask would compute, and hold, T × T scores. The
+    shared tokens are queries in each call again, whose result is dropped: so the call needs no mask of its own.
     """
     groups = q.shape[1] // k.shape[1]
     mixed = []
     for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        again = shared if mixed else 0
+        if again:
+            q1, k1, v1 = (torch.cat((x[:again], x1)) for x, x1 in ((q, q1), (k, k1), (v, v1)))
         k1, v1 = (x.repeat_interleave(groups, dim=1).transpose(0, 1)[None] for x in (k1, v1))  # (1, H, L, D)
         one = F.scaled_dot_product_attention(q1.transpose(0, 1)[None], k1, v1, is_causal=True)
-        mixed.append(one[0].transpose(0, 1))
+        mixed.append(one[0].transpose(0, 1)[again:])
     return torch.cat(mixed)
 
 
-def attend_packed_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What `attend_packed` computes, from the definition: the whole T × T matrix under a block-diagonal causal mask."""
+def attend_packed_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:
+    """What `attend_packed` computes, from the definition: the whole T × T matrix under a block-diagonal causal mask,
+    with the shared columns open to all that come behind them."""
     groups, dim = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (document[:, None] == document) & torch.ones(len(document), len(document)).tril().bool()
+    allowed = (document[:, None] == document) | (torch.arange(len(document)) < shared)
+    allowed &= torch.ones(len(document), len(document)).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5  # (H, T, T)
     weights = scores.masked_fill(~allowed.to(q.device), float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v)

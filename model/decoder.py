@@ -62,6 +62,37 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (…, size) normed, and the inverse of its root mean square (…, 1) in float32."""
+    x32 = x.float()
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    # F.rms_norm in one call would round once less than the reference in bfloat16: it scales before the cast
+    return weight * (x32 * scale).to(x.dtype), scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`RMSNorm.forward` and its gradients in half of the passes that autograd takes, keeping x in its own dtype."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, scale = _normed(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        x32 = x.float()
+        grad_normed = (grad * weight).float()
+        # what lies along x changes its length alone, which the norm takes out again
+        along = (grad_normed * x32).mean(-1, keepdim=True) * scale.square()
+        grad_x = grad_normed.addcmul_(x32, along, value=-1).mul_(scale)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * x32).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), computed in float32 as the checkpoints were trained."""
 
@@ -74,10 +105,9 @@ class RMSNorm(nn.Module):
         """(…, size) to the same shape and dtype."""
         if fused(x):
             return kernels.rms_norm(x, self.weight, self.eps)
-        # F.rms_norm in one call would round once less than the reference in bfloat16: it scales before the cast
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return _normed(x, self.weight, self.eps)[0]
 
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of x and delta, both (…, size), and its norm."""
@@ -141,7 +171,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, E) to (T, E)."""
         gate, up = self.gate_proj(x), self.up_proj(x)  # (T, F)
-        return self.down_proj(kernels.silu_mul(gate, up) if fused(x) else _SwiGLU.apply(gate, up))  # (T, F) → (T, E)
+        if fused(x):
+            mixed = kernels.silu_mul(gate, up)
+        elif torch.is_grad_enabled():
+            mixed = _SwiGLU.apply(gate, up)
+        else:
+            mixed = F.silu(gate, inplace=True).mul_(up)
+        return self.down_proj(mixed)  # (T, F) → (T, E)
 
 
 class Block(nn.Module):

@@ -24,11 +24,11 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    # per token: norms keep their float32 input, products theirs; attention keeps q, k and v for all heads, and the
+    # per token: norms and products keep their inputs; attention keeps q, k and v for all heads, and the
     # values it mixes, per sequence and again as the input of the product behind it; SwiGLU keeps both factors
-    block = 2 * 4 * hidden + size * (2 * hidden + 5 * heads + 3 * config.intermediate_size)
+    block = size * (4 * hidden + 5 * heads + 3 * config.intermediate_size)
     if config.qk_norm:
-        block += 4 * (heads + config.num_kv_heads * config.head_dim)
+        block += size * (heads + config.num_kv_heads * config.head_dim)
     if any(adapter.dropout for adapter in adapted(model).values()):
         # each adapter's own input and what it was multiplied by, in the place of those that products share
         block += size * (8 * hidden + heads + config.intermediate_size)

@@ -24,13 +24,17 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+@pytest.mark.parametrize(("lengths", "shared"), [([1, 17, 64, 5, 130], 0), ([40, 1, 64, 9], 24)])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (7, 1), (8, 2)])
-def test_packed_equals_reference(heads: int, kv_heads: int, dim: int) -> None:
+def test_packed_equals_reference(heads: int, kv_heads: int, dim: int, lengths: list[int], shared: int) -> None:
     torch.manual_seed(0)
-    lengths = [1, 17, 64, 5, 130]
-    q, k, v = (torch.randn(sum(lengths), h, dim) for h in (heads, kv_heads, kv_heads))
-    assert relative(attend_packed(q, k, v, lengths), attend_packed_reference(q, k, v, lengths)) < 1e-5
+    qkv = [torch.randn(sum(lengths), h, dim, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
+    ours, theirs = (attend(*qkv, lengths, shared) for attend in (attend_packed, attend_packed_reference))
+    assert relative(ours, theirs) < 1e-5
+    weights = torch.randn_like(ours)
+    for mine, other in zip(*(torch.autograd.grad((out * weights).sum(), qkv) for out in (ours, theirs)), strict=True):
+        assert relative(mine, other) < 1e-5
 
 
 def test_packed_documents_do_not_see_each_other_nor_the_future() -> None:

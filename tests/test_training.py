@@ -17,7 +17,7 @@ from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.attention import Packed
 from model.chat import Chat
-from model.decoder import Decoder, Linear, _SwiGLU
+from model.decoder import Decoder, Linear, RMSNorm, _SwiGLU
 from model.loss import CHUNK, chunked_nll, nll_reference
 from model.memory import training_memory
 
@@ -106,11 +106,17 @@ def test_frozen_head_gets_no_gradient() -> None:
     assert hidden.grad is not None and weight.grad is None
 
 
+@pytest.mark.parametrize("shared", [0, 12])
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
-def test_packed_gradients_equal_one_at_a_time(prompt_weight: float, tiny: Path) -> None:
-    """1 × 8 packed, 8 × 1 accumulated, and 3 + 5: the same loss and the same gradients."""
+def test_packed_gradients_equal_one_at_a_time(prompt_weight: float, shared: int, tiny: Path) -> None:
+    """1 × 8 packed, 8 × 1 accumulated, and 3 + 5: the same loss and the same gradients; also where all begin alike."""
     model, _ = adapted_model(tiny)
     rows = examples(model.config.vocab_size)
+    beginning = list(range(shared))
+    rows = [Example(row.id, beginning + row.tokens, tuple((first + shared, last + shared) for first, last in row.spans))
+            for row in rows]
+    assert pack(rows, CPU).shared == shared
+    assert len(pack(rows, CPU).tokens) == sum(len(row.tokens) for row in rows) - 7 * shared
     assert len({row.supervised for row in rows}) > 4  # unequal lengths: where a mean of means would go wrong
     loss, expected = gradients(model, [[row] for row in rows], prompt_weight)
     for batches in ([rows], [rows[:3], rows[3:]], [rows[::-1]]):
@@ -131,6 +137,20 @@ def test_targets_are_the_supervised_tokens(tiny: Path) -> None:
     assert batch.targets.tolist() == [6, 7, 8, 10, 11]  # all but the first of each, which nothing predicts
     assert batch.token_weights.tolist() == [0.5, 1, 1, 1, 0.5]
     assert batch.token_weights.sum() == sum(row.weight(0.5) for row in rows)
+
+
+def test_a_common_beginning_is_in_the_stream_once() -> None:
+    common = list(range(10, 20))
+    rows = [Example("a", [*common, 5, 6], ((11, 12),)), Example("b", [*common, 7], ((10, 11),)),
+            Example("c", [*common, 8, 9, 1], ((9, 10), (12, 13)))]  # c's response begins within it
+    batch = pack(rows, CPU)
+    assert batch.shared == 10 and batch.lengths == [12, 1, 3]
+    assert batch.tokens.tolist() == [*common, 5, 6, 7, 8, 9, 1]
+    assert batch.positions.tolist() == [*range(12), 10, 10, 11, 12]
+    assert batch.targets.tolist() == [6, 7, 19, 1]
+    assert batch.sources.tolist() == [10, 9, 8, 14]
+    assert pack([rows[0], Example("d", common, ((9, 10),))], CPU).shared == 9  # each keeps a token of its own
+    assert pack(rows[:1], CPU).shared == 0 == pack([*rows, Example("e", [1, 2], ((1, 2),))], CPU).shared
 
 
 def test_prompt_loss_weight_weighs_the_prompt(tiny: Path) -> None:
@@ -235,6 +255,21 @@ def test_swiglu_equals_autograd() -> None:
     expected = torch.autograd.grad(torch.nn.functional.silu(gate) * up, (gate, up), direction)
     for ours, theirs in zip(torch.autograd.grad(_SwiGLU.apply(gate, up), (gate, up), direction), expected, strict=True):
         assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norms_gradients_equal_autograds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, x = RMSNorm(24, 1e-5).to(dtype), (3 * torch.randn(5, 4, 24)).to(dtype).requires_grad_()
+    norm.weight.data.normal_(1, 0.5)
+    direction = torch.randn(5, 4, 24).to(dtype)
+    normed = norm.weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    found, expected = (torch.autograd.grad(out, (x, norm.weight), direction) for out in (norm(x), normed))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours.float(), theirs.float()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    with torch.no_grad():
+        assert torch.equal(norm(x), normed)  # sampling, which keeps nothing for a gradient
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
