@@ -143,14 +143,13 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], share
     One fused call per sequence. A single call with a block-diagonal mask would compute, and hold, T × T scores. The
     shared tokens are queries in each call again, whose result is dropped: so the call needs no mask of its own.
     """
-    groups = q.shape[1] // k.shape[1]
     mixed = []
     for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         again = shared if mixed else 0
         if again:
             q1, k1, v1 = (torch.cat((x[:again], x1)) for x, x1 in ((q, q1), (k, k1), (v, v1)))
-        k1, v1 = (x.repeat_interleave(groups, dim=1).transpose(0, 1)[None] for x in (k1, v1))  # (1, H, L, D)
-        one = F.scaled_dot_product_attention(q1.transpose(0, 1)[None], k1, v1, is_causal=True)
+        q1, k1, v1 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))  # (1, H or K, L, D)
+        one = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True, enable_gqa=True)
         mixed.append(one[0].transpose(0, 1)[again:])
     return torch.cat(mixed)
 

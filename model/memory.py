@@ -23,12 +23,13 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    # per token: norms and products keep their inputs; attention keeps q, k and v for all heads, and the
-    # values it mixes, per sequence and again as the input of the product behind it; SwiGLU keeps both factors
-    block = size * (4 * hidden + 5 * heads + 3 * config.intermediate_size)
+    hidden = config.hidden_size
+    heads, kv_heads = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
+    # per token: norms and products keep their inputs; attention keeps q, k, v and the values it mixes, these
+    # per sequence and again as the input of the product behind it; SwiGLU keeps both factors
+    block = size * (4 * hidden + 3 * heads + 2 * kv_heads + 3 * config.intermediate_size)
     if config.qk_norm:
-        block += size * (heads + config.num_kv_heads * config.head_dim)
+        block += size * (heads + kv_heads)
     if any(adapter.dropout for adapter in adapted(model).values()):
         # each adapter's own input and what it was multiplied by, in the place of those that products share
         block += size * (8 * hidden + heads + config.intermediate_size)
