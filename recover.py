@@ -377,8 +377,7 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
                         shutil.copyfile(source, part)
             else:
                 part = out / f".{Path(place).name}.part"
-                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-                shutil.copytree(made, part)
+                shutil.copytree(made, part, ignore=shutil.ignore_patterns(".*"))  # not the lock of who looks at it
                 (out / place).parent.mkdir(exist_ok=True)
                 part.replace(out / place)
             return True

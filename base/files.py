@@ -49,7 +49,8 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing what `lock`, a file, lies in or beside: the second waits, or a UserError names
     the first.
 
-    The lock is the kernel's, and goes with the process however that ends; only the file may be left.
+    The lock is the kernel's, and goes with the process however that ends; only the file may be left. DIR/.lock is for
+    all of a folder, rows.lock for what is called rows.* beside it.
     """
     folder, new = lock.parent, not lock.parent.exists()
     if not (new or folder.is_dir()):
@@ -57,6 +58,8 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = _lock(lock, wait)
+        for left in folder.glob(f".{lock.name.removesuffix('lock')}*.part"):
+            shutil.rmtree(left, ignore_errors=True)  # of `whole`, by a kill
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
     try:

@@ -1,21 +1,31 @@
 """Killed anywhere, continued by the same command: the same files. Full disks, folders that turn read-only, two at once.
 """
 
+import ctypes
+import importlib
+import itertools
 import json
 import os
 import random
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, ROOT, run_process
+from conftest import ONE_THREAD, ROOT, Script, run_process
+
+from base.errors import UserError, run_script
+from base.files import alone
 
 MINI = ROOT / "miniature"
 EXPERIMENT = ["recover.py", "--preset", "mini", "--n-train", 12, "--n", 4, "--benchmarks", "reasoning", "recall",
@@ -151,73 +161,97 @@ def assert_stopped(stderr: str, command: list) -> None:
     assert stderr.strip().endswith(" ".join(map(str, command)))
 
 
-# --- One script at a time, between any two of its changes to the file system ------------------------------------------
+# --- One script at a time, and a disaster between any two of its changes to the file system ---------------------------
 
 
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def die_before(change: int) -> None:
-    """SIGKILL this process when it is about to change the file system for the `change`-th time."""
+def kill(out: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_the_disk(out: Path) -> None:
+    """From here on no file can grow over 64 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+
+
+def make_read_only(out: Path) -> None:
+    """No permission to change a folder, which root's capabilities would pass over: without them it is like anybody."""
+    version_3, none = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(version_3, none) == 0
+    for folder in (out, *(path for path in out.rglob("*") if path.is_dir())):
+        folder.chmod(0o555)
+
+
+DISASTERS = {kill: -signal.SIGKILL, fill_the_disk: 2, make_read_only: 2}  # and what a script then exits with
+
+
+def in_fork(script: str, arguments: list[str], change: int = 0, disaster: Callable[[Path], None] = kill,
+            out: Path | None = None) -> tuple[int, str]:
+    """Run a script in a fork of this process, the disaster coming before its `change`-th change; exit code, stderr."""
     left = [change]
 
-    def hook(event: str, arguments: tuple) -> None:
-        if event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING):
+    def hook(event: str, found: tuple) -> None:
+        if event in CHANGES or (event == "open" and isinstance(found[2], int) and found[2] & WRITING):
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                disaster(out)
 
-    sys.addaudithook(hook)
-
-
-def in_fork(script: str, arguments: list[str], change: int = 0) -> int:
-    """Run a script in a fork of this process, which dies before its `change`-th change; its exit code."""
-    import importlib
-
-    from base.errors import run_script
-
-    id = os.fork()
+    (read, write), id = os.pipe(), os.fork()
     if id == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(write, 2)
         try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if change:
-                die_before(change)
+            sys.addaudithook(hook)
             run_script(lambda: importlib.import_module(script).main(arguments))
             os._exit(0)
         except SystemExit as ended:
             os._exit(ended.code)
-    return os.waitstatus_to_exitcode(os.waitpid(id, 0)[1])
+    os.close(write)
+    with os.fdopen(read) as stderr:
+        said = stderr.read()
+    return os.waitstatus_to_exitcode(os.waitpid(id, 0)[1]), said
 
 
-def kill_between_changes(folder: Path, scripts: dict[str, list[str]], every: int) -> None:
-    """Each script once undisturbed in folder/undisturbed, then in folder/KILLED… once for every `every`-th change.
+def meet_disasters(folder: Path, scripts: dict[str, list[str]], every: int) -> None:
+    """Each script once undisturbed, and once for every `every`-th of its changes with a disaster before it and then
+    continued; disasters take turns.
 
-    `scripts`: their arguments, with OUT in place of the folder. Prints how many changes each makes.
+    `scripts`: their arguments, with OUT in place of the folder. Prints how many moments there were.
     """
-    import shutil
-
     for script, arguments in scripts.items():
-        def run(out: Path, change: int = 0, script: str = script, arguments: list[str] = arguments) -> int:
-            return in_fork(script, [argument.replace("OUT", str(out)) for argument in arguments], change)
+        def run(out: Path, *more: object, script: str = script, arguments: list[str] = arguments) -> tuple[int, str]:
+            return in_fork(script, [argument.replace("OUT", str(out)) for argument in arguments], *more)
 
-        whole, change = folder / script / "undisturbed", 1 + random.Random(script).randrange(every)
-        assert run(whole) == 0
-        expected = contents(whole)
-        while True:
-            out = folder / script / "killed"
+        whole, out = folder / script / "undisturbed", folder / script / "disturbed"
+        assert run(whole)[0] == 0
+        expected, moments = contents(whole), Counter()
+        for i, change in enumerate(itertools.count(1 + random.Random(script).randrange(every), every)):
+            disaster = list(DISASTERS)[i % 3]
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-            if run(out, change) == 0:
+            code, said = run(out, change, disaster, out)
+            for path in (out, *out.rglob("*")):
+                path.chmod(0o755)
+            if code == 0 and disaster is kill:
                 break  # it makes fewer changes
-            assert run(out) == 0, (script, change)
+            if code == 0:  # the last change is the lock's end, which nothing depends on
+                continue
+            moments[disaster.__name__] += 1
+            assert code == DISASTERS[disaster], (script, change, said)
+            if code == 2:
+                assert said.startswith("error: ") and str(out) in said and len(said.strip().split("\n")) == 1, said
+            found = contents(out)
+            assert [name for name in found.keys() & expected.keys() if found[name] != expected[name]] == []
+            assert run(out)[0] == 0, (script, change)
             assert_same(contents(out), expected)
-            change += every
-        print(f"{script}: killed before every {every}. of {change} changes")
+        print(f"{script}: {change} changes; {dict(moments)}")
 
 
-def kill_each_script(tmp_path: Path, every: int) -> str:
-    """`kill_between_changes` in a process with one thread, of the four scripts on the miniature."""
+def disturb(tmp_path: Path, every: int) -> str:
+    """`meet_disasters` in a process with one thread, of the four scripts on the miniature."""
     student, base = MINI / "student", tmp_path / "base.jsonl"
     finish(["generate.py", "--model", student, "--prompts", "mini", "--n", 8, "--max-new-tokens", 24, "--out", base])
     finish(["train.py", "--model", student, "--data", base, "--n", 2, "--steps", 1, "--out", tmp_path / "adapter"])
@@ -233,15 +267,90 @@ def kill_each_script(tmp_path: Path, every: int) -> str:
     scripts = {name: list(map(str, arguments)) for name, arguments in scripts.items()}
     code = ("import json, pathlib, sys; sys.path.append('tests'); import test_kills, torch; torch.set_num_threads(1)\n"
             "import evaluate, measure  # once here, not in every fork\n"
-            "test_kills.kill_between_changes(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))")
+            "test_kills.meet_disasters(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))")
     return finish(["-c", code, tmp_path, json.dumps(scripts), every])
 
 
-def test_killed_at_a_few_moments(tmp_path: Path) -> None:
-    kill_each_script(tmp_path, every=12)
+def test_a_few_disasters(tmp_path: Path) -> None:
+    disturb(tmp_path, every=18)
 
 
 @pytest.mark.slow
-def test_killed_between_any_two_changes(tmp_path: Path) -> None:
-    print(kill_each_script(tmp_path, every=1))
+def test_a_disaster_between_any_two_changes(tmp_path: Path) -> None:
+    print(disturb(tmp_path, every=1))
 
+
+# --- Two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_writes_a_folder(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    with alone(lock):
+        with pytest.raises(UserError, match=f"^process {os.getpid()} on {socket.gethostname()} is"), alone(lock):
+            pass
+        with alone(tmp_path / "run" / "rows.lock"):  # which is another output
+            pass
+    assert not lock.parent.exists()  # nothing was written
+    with alone(lock):
+        (lock.parent / "file").write_text("")
+    assert [path.name for path in lock.parent.iterdir()] == ["file"]
+
+
+def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    process = start(["-c", "import pathlib, sys, time; from base.files import alone\n"
+                           "with alone(pathlib.Path(sys.argv[1])): print('held'); time.sleep(60)", lock])
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"^process {process.pid} on"), alone(lock):
+        pass
+    waiting = start(["-c", "import pathlib, sys; from base.files import alone\n"
+                           "with alone(pathlib.Path(sys.argv[1]), wait=True): print('held')", lock])
+    process.kill()
+    assert waiting.communicate(timeout=60)[0] == "held\n" and process.wait() == -signal.SIGKILL
+    lock.write_text("what a kill leaves")
+    with alone(lock):
+        pass
+    assert not lock.exists()
+
+
+def test_the_second_refuses(script: Script, tmp_path: Path) -> None:
+    student, teacher, rows, run = MINI / "student", MINI / "teacher", tmp_path / "rows.jsonl", tmp_path / "run"
+    run.mkdir()
+    row = {"id": "a", "prompt": "Calculate 2 + 2", "response": "Okay Answer 4"}
+    rows.write_text(json.dumps(row) + "\n")
+    cell = tmp_path / "matrix" / "student--teacher"
+    for lock, *command in (
+            (tmp_path / "new.lock", "generate.py", "--model", student, "--prompts", "mini", "--out",
+             tmp_path / "new.jsonl"),
+            (run / ".lock", "train.py", "--model", student, "--data", rows, "--out", run),
+            (run / ".lock", "evaluate.py", "--model", student, "--benchmarks", "recall", "--out", run),
+            (run / ".lock", "evaluate.py", "--rescore", run),
+            (run / ".lock", "measure.py", "--model", student, "--responses", rows, "--out", run),
+            (run / ".lock", "recover.py", "--preset", "mini", "--out", run),
+            (run / ".lock", "analysis.report", run),
+            (cell / ".lock", "recover.py", "--preset", "mini", "--student", student, teacher, "--teacher", teacher,
+             "--out", cell.parent)):
+        with alone(lock):
+            before = contents(tmp_path)
+            done = script(*command)
+            assert done.returncode == 2, command
+            assert f"error: process {os.getpid()} on " in done.stderr and str(lock) in done.stderr
+            assert len(done.stderr.strip().split("\n")) == 1 and contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_processes_share_a_matrix_pair_by_pair(tmp_path: Path) -> None:
+    """Two at once in one folder, each with a student; then the whole matrix finds both pairs done."""
+    few = ["recover.py", "--preset", "mini", "--n-train", 4, "--n", 2, "--benchmarks", "recall", "--recover-with", 2,
+           "--recover-seeds", 1, "--recover-steps", 1, "--epochs", 1, "--max-new-tokens", 8, "--out", tmp_path / "all"]
+    models = [MINI / "student", MINI / "teacher"]
+    both = [start([*few, "--student", models[i], "--teacher", *models]) for i in (0, 1)]
+    for process in both:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    before = contents(tmp_path / "all")
+    said = finish([*few, "--student", *models, "--teacher", *models])
+    assert said.count("done already") == 2
+    assert_same(contents(tmp_path / "all"), before)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {
+        "student--teacher", "teacher--student", "matrix.md", "matrix.json", "matrix.png"}
