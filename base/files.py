@@ -60,7 +60,7 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = _lock(lock, wait)
-        for left in folder.glob(f".{lock.name.removesuffix('lock')}*.part"):
+        for left in folder.glob(f".{lock.name.removesuffix('lock').lstrip('.')}*.part"):
             shutil.rmtree(left, ignore_errors=True)  # of `whole`, by a kill
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}") from error

@@ -123,10 +123,10 @@ def test_killed_at_random_moments(first: int, undisturbed: Path, tmp_path: Path)
             assert_same(contents(out), expected)
 
 
-def assert_same(found: dict, expected: dict) -> None:
+def assert_same(found: dict, expected: dict, where: object = None) -> None:
     """The same files with the same contents, and no others."""
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if found[name] != expected[name]] == []
+    assert found.keys() ^ expected.keys() == set(), where
+    assert [name for name in expected if found[name] != expected[name]] == [], where
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def meet_disasters(folder: Path, scripts: dict[str, list[str]], hit: str, every:
             found = contents(out)
             assert [name for name in found.keys() & expected.keys() if found[name] != expected[name]] == []
             assert run(out)[0] == 0, (script, change)
-            assert_same(contents(out), expected)
+            assert_same(contents(out), expected, (script, change, disaster.__name__))
         print(f"{script}: {change} changes; {dict(moments)}")
 
 
