@@ -26,6 +26,7 @@ from conftest import ONE_THREAD, ROOT, Script, run_process
 
 from base.errors import UserError, run_script
 from base.files import alone
+from data.rows import read_rows
 
 MINI = ROOT / "miniature"
 EXPERIMENT = ["recover.py", "--preset", "mini", "--n-train", 12, "--n", 4, "--benchmarks", "reasoning", "recall",
@@ -121,6 +122,22 @@ def test_killed_at_random_moments(first: int, undisturbed: Path, tmp_path: Path)
             assert {code for _, code in moments} <= {-signal.SIGKILL, 0}
             assert sum(code != 0 for _, code in moments) >= KILLS - 1  # the last may come too late
             assert_same(contents(out), expected)
+
+
+@pytest.mark.slow
+def test_same_seed_same_run(undisturbed: Path, tmp_path: Path) -> None:
+    """Twice the same command; then other slots, which change nothing, and two threads, which change no row of a model
+    that was not trained here (a gradient's sums may round otherwise)."""
+    finish([*EXPERIMENT, "--out", tmp_path / "again"])
+    assert_same(contents(tmp_path / "again"), contents(undisturbed))
+    finish([*EXPERIMENT, "--slots", 3, "--kv-memory", 0.001, "--out", tmp_path / "slots"])
+    found, expected = contents(tmp_path / "slots"), contents(undisturbed)
+    assert_same({**found, "stages.json": None}, {**expected, "stages.json": None})  # which has the commands
+    done = run_process(*EXPERIMENT, "--no-controls", "--out", tmp_path / "threads", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    for name in ("teacher.jsonl", "native.jsonl", "evals/base/reasoning.jsonl", "evals/teacher/reasoning.jsonl"):
+        rows = [[row["response"] for row in read_rows(folder / name)] for folder in (tmp_path / "threads", undisturbed)]
+        assert rows[0] == rows[1]
 
 
 def assert_same(found: dict, expected: dict, where: object = None) -> None:
