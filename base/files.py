@@ -83,6 +83,8 @@ def _lock(lock: Path, wait: bool) -> int:
             owner = os.read(file, 200).decode(errors="replace") or "another process"
             os.close(file)
             raise UserError(f"{owner} is at work and holds {lock}; wait for it, or choose another --out") from error
+        except OSError:
+            pass  # a file system that knows no locks: then nobody keeps anybody out
         with suppress(FileNotFoundError):  # whoever had it before may have deleted the file since it was opened
             if os.path.samestat(os.fstat(file), lock.stat()):
                 break
