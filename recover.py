@@ -224,6 +224,7 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
                 for role, model in (("student", student), ("teacher", teacher)):
                     pair.measure(f"{checkpoint}_under_{role}", model, "--responses", *pair.written(checkpoint))
 
+    print(f"\n$ python -m analysis.report {shlex.quote(str(out))}", flush=True)
     from analysis.report import summary_table, write_report
 
     print(f"\n{summary_table(write_report(out))}\n{out / 'report.md'}")

@@ -105,12 +105,12 @@ def test_killed_at_random_moments(first: int, undisturbed: Path, tmp_path: Path)
 
     def one(seed: int) -> tuple[Path, list]:
         rng, out, moments = random.Random(seed), tmp_path / str(seed), []
-        for stage in sorted(rng.randint(0, stages) for _ in range(KILLS)):  # 0: before the first
-            seen = iter(range(stages))
+        for stage in sorted(rng.randint(0, stages + 1) for _ in range(KILLS)):  # 0: before the first; last: the report
+            seen = iter(range(stages + 1))
             moment = stop(start([*EXPERIMENT, "--out", out]),
                           lambda line, stage=stage, seen=seen: stage == 0 or (
                               line.startswith("$ ") and next(seen) + 1 == stage),
-                          rng.uniform(0, 5 if stage in (0, stages) else 0.5), signal.SIGKILL)
+                          rng.uniform(0, 3 if stage in (0, stages + 1) else 0.5), signal.SIGKILL)
             moments.append((stage, moment[0]))
         finish([*EXPERIMENT, "--out", out])
         return out, moments
@@ -153,17 +153,10 @@ def test_stopped_in_every_kind_of_stage(undisturbed: Path, tmp_path: Path) -> No
         for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             # each at a stage of its own, that the run before has not come to
             def ready(line: str, script: str = script) -> bool:
-                return line.startswith(f"$ python {script}.py") and not Path(line.split()[-1]).exists()
+                begun = line.startswith(f"$ python {script}.py") and not Path(line.split()[-1]).exists()
+                return begun or line.startswith("$ python -m analysis.report")
 
-            process = start(command)
-            if script == "report":
-                threading.Thread(target=process.stdout.read, daemon=True).start()
-                while not (out / "figures").exists() and process.poll() is None:
-                    time.sleep(0.01)
-                os.killpg(process.pid, how)
-                stderr, returncode = process.stderr.read(), process.wait()
-            else:
-                returncode, stderr = stop(process, ready, 0.05, how)
+            returncode, stderr = stop(start(command), ready, 0.05, how)
             assert returncode == code, stderr
             assert_stopped(stderr, command)
             assert not (out / "report.json").exists()
