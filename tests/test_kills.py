@@ -153,8 +153,9 @@ def test_stopped_in_every_kind_of_stage(undisturbed: Path, tmp_path: Path) -> No
         for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             # each at a stage of its own, that the run before has not come to
             def ready(line: str, script: str = script) -> bool:
-                begun = line.startswith(f"$ python {script}.py") and not Path(line.split()[-1]).exists()
-                return begun or line.startswith("$ python -m analysis.report")
+                if script == "report":
+                    return line.startswith("$ python -m analysis.report")
+                return line.startswith(f"$ python {script}.py") and not Path(line.split()[-1]).exists()
 
             returncode, stderr = stop(start(command), ready, 0.05, how)
             assert returncode == code, stderr
