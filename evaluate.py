@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.files import read_json, same_run_folder, write_json, write_record
+from base.files import alone, read_json, same_run_folder, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
 from data.benchmarks import load_benchmarks, load_grader
 from data.benchmarks.problem import Benchmark
 from data.rows import GrowingRows, read_rows, write_rows
 from generate import (
+    LESS_MEMORY,
     OPENER,
     check_adapter,
     encode_prompts,
@@ -73,9 +74,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """A model and benchmarks in, graded rows and a summary out."""
     args = parse(argv)
-    if args.rescore is not None:
-        rescore(args.rescore)
-        return
+    with alone((args.rescore or args.out) / ".lock"):
+        if args.rescore is not None:
+            rescore(args.rescore)
+        else:
+            run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer, grade and sum up."""
     from analysis.statistics import summarise
 
     benchmarks = load_benchmarks(args.benchmarks, args.n, args.sample_seed, args.levels)
@@ -193,4 +200,4 @@ def one_line(name: str, entry: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "finished rows", LESS_MEMORY)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.files import same_run, write_record
+from base.files import alone, same_run, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, natural, number, positive_int, resolve_device, seed, temperature
 from data.prompts import load_prompts
 from data.rows import GrowingRows
 
 PROMPTS = "alpaca, mini (the miniature's), or a JSONL file with id, prompt and, if any, system"
+LESS_MEMORY = "a lower --slots or --kv-memory"
 OPENER = "what every response is made to begin with; it is part of the response, and no sampled token"
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out} must end in .jsonl")
+    with alone(args.out.with_suffix(".lock")):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The rows that are not there yet."""
     prompts, dataset = load_prompts(args.prompts, args.skip, args.n)
     prompts = [row | {"system": args.system if row["system"] is None else row["system"]} for row in prompts]
     options = {"prompts_sha256": dataset["sha256"], "skip": args.skip, "n": args.n, "system": args.system,
@@ -186,4 +193,4 @@ def respond(sampler: "Sampler", chat: "Chat", prompts: list[dict], encoded: dict
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "finished rows", LESS_MEMORY)

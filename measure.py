@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.files import same_run_folder, sha256, write_json, write_record
+from base.files import alone, same_run_folder, sha256, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
 from data.rows import GrowingRows, read_rows
 from generate import check_adapter, load_model, model_identity, model_options
@@ -48,6 +48,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Responses in, their likelihoods out."""
     args = parse(argv)
+    with alone(args.out / ".lock"):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the rows of every file."""
     from tqdm import tqdm
 
     from data.packing import group, pack
@@ -76,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     before = None
     if args.adapter:  # first, since noise overwrites the base model's weights
         with lora.disabled(model):
-            before = {name: [states(model, batch) for _, batch in some] for name, some in parts.items()}
+            before = {name: [states(model, batch) for _, batch in tqdm(some, f"{name} under the base", disable=None)]
+                      for name, some in parts.items()}
         if args.scramble is not None:
             lora.scramble(model, args.scramble)
     summary = {}
@@ -125,4 +132,4 @@ def measure(model: "Decoder", part: list["Example"], batch: "Batch", before: "Te
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "measured rows", "a lower --n")

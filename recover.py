@@ -41,7 +41,7 @@ import generate
 import measure
 import train
 from base.errors import UserError, run_script
-from base.files import read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
+from base.files import alone, read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
 from data.benchmarks import load_benchmarks
@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     pairs = [(student, teacher) for student in args.student for teacher in args.teacher if student != teacher]
     if len(args.student) == len(args.teacher) == 1 and not any(args.out.glob(CELLS)):
-        run_pair(args, args.student[0], args.teacher[0], args.out)
+        with alone(args.out / ".lock"):
+            run_pair(args, args.student[0], args.teacher[0], args.out)
         return
     from analysis.matrix import write_matrix
 
@@ -152,8 +153,11 @@ def main(argv: list[str] | None = None) -> None:
         model_folder(model)
     for student, teacher in pairs:
         print(f"\n=== {names[student]}--{names[teacher]}", flush=True)
-        run_pair(args, student, teacher, args.out / f"{names[student]}--{names[teacher]}")
-    write_matrix(args.out)
+        cell = args.out / f"{names[student]}--{names[teacher]}"
+        with alone(cell / ".lock"):  # other cells may be other processes'
+            run_pair(args, student, teacher, cell)
+    with alone(args.out / ".lock", wait=True):
+        write_matrix(args.out)
     print(f"\n{args.out / 'matrix.md'}")
 
 
@@ -220,6 +224,7 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
                 for role, model in (("student", student), ("teacher", teacher)):
                     pair.measure(f"{checkpoint}_under_{role}", model, "--responses", *pair.written(checkpoint))
 
+    print(f"\n$ python -m analysis.report {shlex.quote(str(out))}", flush=True)
     from analysis.report import summary_table, write_report
 
     print(f"\n{summary_table(write_report(out))}\n{out / 'report.md'}")
@@ -373,8 +378,7 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
                         shutil.copyfile(source, part)
             else:
                 part = out / f".{Path(place).name}.part"
-                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-                shutil.copytree(made, part)
+                shutil.copytree(made, part, ignore=shutil.ignore_patterns(".*"))  # not the lock of who looks at it
                 (out / place).parent.mkdir(exist_ok=True)
                 part.replace(out / place)
             return True
@@ -440,4 +444,5 @@ def check_sampler(args: argparse.Namespace, student: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "finished stages, rows and steps of training",
+               f"{generate.LESS_MEMORY} (sampling), or {train.LESS_MEMORY} (training)")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.files import same_run_folder, sha256, whole, write_record
+from base.files import alone, same_run_folder, sha256, whole, write_record
 from base.hub import model_folder
 from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
 from data.rows import GrowingRows, read_rows
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from model.decoder import Decoder
 
+LESS_MEMORY = "a lower --micro-batch-tokens, or --checkpoint-activations,"
 STATE = "training_state.safetensors"
 NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
 
@@ -137,6 +138,12 @@ def resolve_adapter(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Response rows in, adapter or model out."""
     args = parse(argv)
+    with contextlib.nullcontext() if args.dry_run else alone(args.out / ".lock"):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, step by step."""
     rows = [row | {"messages": as_messages(row, args.data)}
             for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
     end = args.skip + (args.n or 1)
@@ -229,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = group(range(len(validation)), [len(example.tokens) for example in validation], args.micro_batch_tokens)
         with precision:
             total = sum(summed_nll(model, [validation[i] for i in part], args.prompt_loss_weight).item()
-                        for part in parts)
+                        for part in tqdm(parts, "validation", leave=False, disable=None))
         model.train()
         if not math.isfinite(total):
             raise UserError(f"the validation loss is {total}: a lower --lr with another --out would do")
@@ -478,4 +485,4 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "the steps up to the last saved state", LESS_MEMORY)

@@ -14,7 +14,7 @@ from analysis.claims import interval
 from analysis.figures import INK, new_figure
 from analysis.report import plain, table
 from base.errors import UserError, run_script
-from base.files import read_json, whole, write_json, write_text
+from base.files import alone, read_json, whole, write_json, write_text
 from base.options import Parser
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Gather the cells of a matrix."""
     folder = parse(argv).folder
-    print(f"{len(write_matrix(folder))} pairs: {folder / 'matrix.md'}")
+    with alone(folder / ".lock", wait=True):
+        print(f"{len(write_matrix(folder))} pairs: {folder / 'matrix.md'}")
 
 
 if __name__ == "__main__":

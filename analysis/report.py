@@ -17,7 +17,7 @@ from analysis.figures import draw_all, main_benchmark
 from analysis.findings import Rows, arms, find, lost_benchmarks
 from analysis.style import FEATURES
 from base.errors import run_script
-from base.files import write_json, write_text
+from base.files import alone, write_json, write_text
 from base.options import Parser
 
 MEANING = {
@@ -375,7 +375,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the report of a folder."""
     folder = parse(argv).folder
-    print(f"{summary_table(write_report(folder))}\n{folder / 'report.md'}")
+    with alone(folder / ".lock"):
+        print(f"{summary_table(write_report(folder))}\n{folder / 'report.md'}")
 
 
 if __name__ == "__main__":

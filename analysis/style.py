@@ -8,12 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import Pipeline, make_pipeline
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 LEAST = 10  # responses of either kind, below which a held-out accuracy means nothing
 FEATURES = {  # per response: how often
@@ -30,7 +28,7 @@ FEATURES = {  # per response: how often
 class StyleClassifier:
     """Character n-grams (1 to 4, tf-idf) and logistic regression, which tells two models' responses apart."""
 
-    model: Pipeline
+    model: "Pipeline"
     accuracy: float  # held out, in 5-fold cross-validation: the mean of the two classes' shares of right ones
 
     @classmethod
@@ -38,6 +36,12 @@ class StyleClassifier:
         """From responses of both to chat prompts; None where there are fewer than LEAST of either."""
         if min(len(student), len(teacher)) < LEAST:
             return None
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import balanced_accuracy_score
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+
         texts, labels = [*student, *teacher], [0] * len(student) + [1] * len(teacher)
         # lower-casing and accents are style too; counts of n-grams grow slower than the text
         model = make_pipeline(

@@ -1,15 +1,19 @@
 """Files that appear whole or not at all, and the record of the run that made them."""
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from base.errors import UserError
 
@@ -36,10 +40,58 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # else a power cut can leave an empty file under the final name
         part.chmod(0o644)  # safetensors writes files that nobody else can read
         part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(lock: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing what `lock`, a file, lies in or beside: the second waits, or a UserError names
+    the first.
+
+    The lock is the kernel's, and goes with the process however that ends; only the file may be left. DIR/.lock is for
+    all of a folder, rows.lock for what is called rows.* beside it.
+    """
+    folder, new = lock.parent, not lock.parent.exists()
+    if not (new or folder.is_dir()):
+        raise UserError(f"{folder} is a file, and --out needs a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = _lock(lock, wait)
+        for left in folder.glob(f".{lock.name.removesuffix('lock').lstrip('.')}*.part"):
+            shutil.rmtree(left, ignore_errors=True)  # of `whole`, by a kill
+    except OSError as error:
+        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the folder may have turned read-only, or hold what was written
+            lock.unlink()
+            if new:
+                folder.rmdir()
+        os.close(held)
+
+
+def _lock(lock: Path, wait: bool) -> int:
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            owner = os.read(file, 200).decode(errors="replace") or "another process"
+            os.close(file)
+            raise UserError(f"{owner} is at work and holds {lock}; wait for it, or choose another --out") from error
+        except OSError:
+            pass  # a file system that knows no locks: then nobody keeps anybody out
+        with suppress(FileNotFoundError):  # whoever had it before may have deleted the file since it was opened
+            if os.path.samestat(os.fstat(file), lock.stat()):
+                break
+        os.close(file)
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,10 +153,8 @@ def same_run(record: Path, options: dict) -> bool:
 def same_run_folder(record: Path, options: dict) -> bool:
     """`same_run` for a folder that is a run's own: without the record it must be empty or new."""
     folder = record.parent
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and --out needs a folder")
-    # a *.part is what a kill in the middle of `whole` leaves
-    if folder.is_dir() and not record.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+    # hidden are the lock, and what a kill in the middle of `whole` leaves
+    if folder.is_dir() and not record.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"{folder} holds other files and no {record.name}; choose another --out")
     return same_run(record, options)
 

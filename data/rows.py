@@ -5,6 +5,7 @@ Lines are split on "\\n" alone: responses contain U+2028, form feeds and other c
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -79,10 +80,11 @@ class GrowingRows:
         self.rows: dict[object, dict] = {}
 
     def __enter__(self) -> "GrowingRows":
-        if self.partial.exists():
-            whole_lines = self.partial.read_bytes().rpartition(b"\n")[0]
+        left = next((path for path in (self.partial, self.path) if path.exists()), None)
+        if left:
+            whole_lines = left.read_bytes().rpartition(b"\n")[0]
             for number, line in enumerate(filter(None, whole_lines.split(b"\n")), 1):
-                where = f"{self.partial}, line {number}"
+                where = f"{left}, line {number}"
                 row = parse_row(line.decode(errors="replace"), where)
                 if self.key not in row:
                     raise UserError(f"{where} lacks the field {self.key}; delete the file to start again")
@@ -96,15 +98,19 @@ class GrowingRows:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a disk that is full, which `append` has said
+            self.file.close()
 
     def append(self, row: dict) -> None:
         """Save one row."""
         self.rows[row[self.key]] = row
-        self.file.write(format_row(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(format_row(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.partial} can't be written: {error.strerror}") from error
 
     def finish(self, rows: Iterable[dict]) -> None:
-        """Write `rows` under the final name and drop the partial file."""
-        write_rows(self.path, rows)
-        self.partial.unlink(missing_ok=True)
+        """Write `rows` under the final name, in the partial file's place."""
+        write_rows(self.partial, rows)
+        self.partial.replace(self.path)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from base.errors import UserError, run_script
-from base.files import read_json, whole, write_json
+from base.files import alone, read_json, whole, write_json
 from base.hub import model_folder
 from base.options import DTYPES, Parser, number
 from model import weights
@@ -268,14 +268,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} holds other files; choose another --out")
-    source = model_folder(args.model)
-    model = weights.load(source, torch.device("cpu"), torch.float32)
-    load(model, args.adapter, args.adapter_scale)
-    merge(model)
-    part = args.out.with_name(f".{args.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-    weights.save(model, source, part, getattr(torch, args.dtype))
-    part.replace(args.out)
+    with alone(args.out.with_name(f"{args.out.name}.lock")):
+        source = model_folder(args.model)
+        model = weights.load(source, torch.device("cpu"), torch.float32)
+        load(model, args.adapter, args.adapter_scale)
+        merge(model)
+        part = args.out.with_name(f".{args.out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+        weights.save(model, source, part, getattr(torch, args.dtype))
+        part.replace(args.out)
     print(f"wrote {args.out}")
 
 

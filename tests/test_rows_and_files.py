@@ -9,7 +9,7 @@ import pytest
 from conftest import run_process
 
 from base.errors import UserError
-from base.files import read_json, same_run, same_run_folder, whole, write_record, write_text
+from base.files import alone, read_json, same_run, same_run_folder, whole, write_record, write_text
 from base.hub import fingerprint, revision
 from data.prompts import load_prompts
 from data.rows import GrowingRows, read_rows, write_rows
@@ -115,8 +115,8 @@ def test_a_record_tells_runs_apart(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="other files"):
         same_run_folder(tmp_path / "full" / "config.json", {})
-    with pytest.raises(UserError, match="is a file"):
-        same_run_folder(record / "config.json", {})
+    with pytest.raises(UserError, match="is a file"), alone(record / ".lock"):
+        pass
 
 
 def test_fingerprint_notices_other_weights_and_not_another_record(tiny: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from conftest import ONE_THREAD, ROOT, Finished, Script, build_model, run_proces
 
 import recover
 import train
+from data.benchmarks import mathematics
+from data.benchmarks.grading import judge
 from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.chat import Chat
@@ -453,6 +456,57 @@ def test_help_is_quick_and_shows_defaults(script: Script) -> None:
                 f"try: runpy.run_path('{name}', run_name='__main__')\n"
                 "except SystemExit: pass\nassert 'torch' not in sys.modules")
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_out_of_memory_names_what_lowers_it(tiny: Path, prompts: Path, rows: Path, tmp_path: Path) -> None:
+    """Each script as a program, with a model that memory does not hold."""
+    model, out = ["--model", str(tiny)], ["--out", str(tmp_path / "out")]
+    commands = {
+        "generate.py": [*model, "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")],
+        "train.py": [*model, "--data", str(rows), *out],
+        "evaluate.py": [*model, "--benchmarks", "recall", *out],
+        "measure.py": [*model, "--responses", str(rows), *out],
+        "recover.py": ["--preset", "mini", *out],
+    }
+    code = ("import json, runpy, sys; from model import weights\n"
+            "def load(*arguments): raise MemoryError\n"
+            "weights.load = load\n"
+            "for script, arguments in json.loads(sys.argv[1]).items():\n"
+            "    sys.argv = [script, *arguments]\n"
+            "    try: runpy.run_path(script, run_name='__main__')\n"
+            "    except SystemExit as ended: assert ended.code == 2")
+    done = run_process("-c", code, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.split("\n") if line]
+    assert len(said) == 5 and all(line.startswith("error: out of memory; ") for line in said)
+    for line, options in zip(said, (("--slots", "--kv-memory"), ("--micro-batch-tokens", "--checkpoint-activations"),
+                                    ("--slots", "--kv-memory"), ("--n",),
+                                    ("--slots", "--kv-memory", "--micro-batch-tokens")), strict=True):
+        assert all(option in line for option in options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_gets_progress_bars_and_a_file_none(script: Script, tiny: Path, prompts: Path, problems: Path,
+                                                       rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capfd: pytest.CaptureFixture) -> None:
+    model, adapter = ("--model", tiny), ("--adapter", tmp_path / "file" / "adapter")
+    stages = [("generate.py", *model, "--prompts", prompts, "--n", 2, "--max-new-tokens", 2, "--out", "rows.jsonl"),
+              ("train.py", *model, "--data", rows, "--steps", 2, "--validate", 2, "--out", "adapter"),
+              ("evaluate.py", *model, "--benchmarks", problems, "recall", "--n", 2, "--max-new-tokens", 2, "--out",
+               "evals"),
+              ("measure.py", *model, *adapter, "--responses", rows, "--out", "measures")]
+    bars = [["rows.jsonl"], ["adapter", "validation"], ["evals/sums", "recall"], ["measures/", "base"]]
+    for where in ("file", "terminal"):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda where=where: where == "terminal")
+        for (name, *arguments), titles in zip(stages, bars, strict=True):
+            done = script(name, *arguments[:-1], tmp_path / where / arguments[-1])
+            assert done.returncode == 0, done.stderr
+            assert where == "terminal" or done.stderr == ""
+            with_eta = [part for part in done.stderr.split("\r") if re.search(r"\d/\d+ \[\d\d:\d\d<[\d?]", part)]
+            for title in titles if where == "terminal" else ():
+                assert any(title in part for part in with_eta), (name, title)
+    judge("mathematics", [mathematics.EXAMPLE])
+    assert "grading (mathematics): 100%" in capfd.readouterr().err
 
 
 def damaged(tiny: Path, folder: Path, name: str, change: object) -> Path:

@@ -36,6 +36,8 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
     What `check` returns comes back as JSON does: a tuple as a list. If it raises, that is a mistake of ours: the worker
     prints it and ends, and an AssertionError says so.
     """
+    from tqdm import tqdm
+
     items, distinct = list(items), list(dict.fromkeys(items))
     count = min(workers or os.cpu_count() or 1, len(distinct))
     if count == 0:
@@ -55,7 +57,8 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
             for _ in range(count):
                 started.append(_Worker(module))
                 idle.put(started[-1])
-            verdicts = dict(zip(distinct, pool.map(ask, distinct), strict=True))
+            bar = tqdm(pool.map(ask, distinct), f"grading ({module})", len(distinct), leave=False, disable=None)
+            verdicts = dict(zip(distinct, bar, strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
             for worker in started:
@@ -68,8 +71,9 @@ class _Worker:
 
     def __init__(self, module: str) -> None:
         program = f"from data.benchmarks import grading; grading.serve({module!r})"
+        # in a group of its own: Ctrl-C is for the parent; with it gone, the input ends
         self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[2],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
 
     def ask(self, item: tuple[str, ...]) -> object:
         line = ""
@@ -90,7 +94,6 @@ def serve(module: str) -> None:
     """A worker's life: load what the checks need, then hand each line to a child, and start another if it died."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; with it gone, the input ends
     benchmark = importlib.import_module(f"data.benchmarks.{module}")
     benchmark.check(*benchmark.EXAMPLE)  # once here, so that libraries and their tables are there in every child
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
