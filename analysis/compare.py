@@ -6,7 +6,6 @@ Folders that can't be compared are refused, with the first thing that differs: t
 in, the chat template, the system prompt, how and how far was sampled. --although NAME takes what is meant to differ.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -72,19 +71,14 @@ def _short(value: object) -> str:
     return text if len(text) < 60 else text[:57] + "…"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Print a line or two for each benchmark."""
     parser = Parser(__doc__)
     parser.add_argument("before", type=Path, help="folder of an evaluation (evaluate.py --out)")
     parser.add_argument("after", type=Path, help="another, on the same problems")
     parser.add_argument("--although", action="append", default=[], choices=CONDITIONS, metavar="NAME",
                         help=f"what may differ (may be given again): {', '.join(CONDITIONS)}")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print a line or two for each benchmark."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     for name, found in compare(args.before, args.after, tuple(args.although)).items():
         gain, high, low = (0 - points for points in (found["points"], *found["ci95"]))
         lost = ", ".join(f"{count} {fate}" for fate, count in found["lost"].items())
