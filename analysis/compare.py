@@ -32,17 +32,14 @@ def compare(before: Path, after: Path, although: tuple[str, ...] = ()) -> dict[s
         if one != other and name not in although:
             raise UserError(f"{before} and {after} can't be compared: {name} is {_short(one)} in the first and "
                             f"{_short(other)} in the second; if that is meant, --although {name}")
-    return {name: compare_rows(*rows) for name, rows in paired_rows(before, after).items()}
-
-
-def paired_rows(before: Path, after: Path) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Graded rows of both folders by benchmark; a UserError where these are not the same problems in the same order."""
     names = [list(read_json(folder / "summary.json")) for folder in (before, after)]
     if set(names[0]) != set(names[1]):
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
-    found = {name: tuple(read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after)) for name in names[0]}
-    for name, rows in found.items():
-        check_same_problems(name, before, rows[0], after, rows[1])
+    found = {}
+    for name in names[0]:
+        rows, others = (read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after))
+        check_same_problems(name, before, rows, after, others)
+        found[name] = compare_rows(rows, others)
     return found
 
 
