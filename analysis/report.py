@@ -13,7 +13,7 @@ from pathlib import Path
 
 from analysis.claims import chat_files, claims, effect, files, spread
 from analysis.figures import draw_all, main_benchmark
-from analysis.findings import Rows, arms, find, lost_benchmarks
+from analysis.findings import Rows, arms, find, kind_of, lost_benchmarks
 from analysis.style import FEATURES
 from base.errors import run_script
 from base.files import write_json, write_text
@@ -236,7 +236,7 @@ def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
              table(["checkpoint", *benchmarks, *(f"{name}: style" for name in worded),
                     *(f"KL on {stem}" for stem in stems)], body),
              "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
-                       if any(_kind(name) == kind for name in checkpoints)),
+                       if kind in {kind_of(name, MEANING) for name in checkpoints}),
              sources=[*files("evals", checkpoints, benchmarks), *chat_files(report), *files("measures", kl, stems)])
     if report["seconds"]:
         longest = sorted(report["seconds"].items(), key=lambda item: -item[1])[:5]
@@ -316,10 +316,6 @@ def fence(text: str) -> str:
 def _printable(text: str) -> str:
     """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _kind(checkpoint: str) -> str | None:
-    return max((kind for kind in MEANING if checkpoint.startswith(kind)), key=len, default=None)
 
 
 def _accuracies(checkpoints: dict) -> list[list[str]]:
