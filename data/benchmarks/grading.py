@@ -75,7 +75,7 @@ def serve(module: str) -> None:
         if child == 0:
             os._exit(_check_lines(benchmark.check))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code in (RAISED, -signal.SIGKILL):  # which can hit a child that is idle, and a verdict more would shift all
+        if code in (RAISED, -signal.SIGKILL, -signal.SIGTERM):  # these two can hit an idle child: whose verdict is it?
             sys.exit("a check raised, as above, or was killed from outside")
         if code not in (DONE, FULL):
             print("null", flush=True)  # it died of the item that it had
