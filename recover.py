@@ -41,7 +41,7 @@ import generate
 import measure
 import train
 from base.errors import UserError, run_script
-from base.files import alone, read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
+from base.files import alone, read_json, read_text, same_run_folder, sha256, write_json, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
 from data.benchmarks import load_benchmarks
@@ -370,17 +370,16 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
             made = record.parent / other
             if stage["command"] != command or not stage["done"] or not made.exists():
                 continue
-            if made.is_file():  # its record first: without it, rows would be nobody's
-                pairs = [(made.with_suffix(".config.json"), (out / place).with_suffix(".config.json")),
-                         (made, out / place)]
-                for source, target in pairs:
-                    with whole(target) as part:
-                        shutil.copyfile(source, part)
-            else:
-                part = out / f".{Path(place).name}.part"
-                shutil.copytree(made, part, ignore=shutil.ignore_patterns(".*"))  # not the lock of who looks at it
-                (out / place).parent.mkdir(exist_ok=True)
-                part.replace(out / place)
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            # of a file its record first: without it, rows would be nobody's
+            for source in (made,) if made.is_dir() else (made.with_suffix(".config.json"), made):
+                part = out / f".{source.name}.part"
+                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                if made.is_dir():
+                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))  # not the lock of a process there
+                else:
+                    shutil.copyfile(source, part)
+                part.replace((out / place).with_name(source.name))
             return True
     return False
 
@@ -406,11 +405,10 @@ def as_arguments(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
         value = getattr(args, name)
         if value is None or value is False or value in ({}, []):
             continue
-        if value is True:
-            words.append(f"--{name.replace('_', '-')}")
-            continue
-        values = value if isinstance(value, list | tuple) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
     return words
 
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from data.packing import Example
     from model.chat import Chat
-    from model.config import ModelConfig
     from model.decoder import Decoder
 
 LESS_MEMORY = "a lower --micro-batch-tokens, or --checkpoint-activations,"
@@ -177,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
     from model import lora, weights
     from model.chat import Chat
     from model.config import read_config
+    from model.decoder import Decoder
 
     # The data, and the examples of every step
     folder = model_folder(args.model)
@@ -206,15 +206,15 @@ def run(args: argparse.Namespace) -> None:
           f"conversations ({facts['cut_responses']} cut at a limit, trained without an end of turn), {facts['tokens']} "
           f"tokens, {facts['supervised_tokens']} supervised, {facts['steps']} steps")
     print(show_example(chat, examples[plan[0][0]]))
-    if args.dry_run:
-        dry_run(args, shape, examples, plan, dtype)
-        return
 
     # The model, with what is trained switched on
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
-    if args.from_scratch:
+    if args.dry_run:  # its shapes alone
+        with torch.device("meta"):
+            model = Decoder(shape)
+    elif args.from_scratch:
         model = weights.initialise(folder, device, args.seed)
     else:
         model = weights.load(folder, device, torch.float32 if args.full else dtype)
@@ -227,6 +227,9 @@ def run(args: argparse.Namespace) -> None:
         lora.attach(model, config, args.seed)
     model.train()
     model.checkpoint_activations = args.checkpoint_activations
+    if args.dry_run:
+        dry_run(model, examples, plan, args.micro_batch_tokens, dtype)
+        return
     autocast = args.full and dtype != torch.float32
     precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
 
@@ -318,28 +321,16 @@ def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: 
     return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
 
 
-def dry_run(args: argparse.Namespace, shape: "ModelConfig", examples: list["Example"], plan: list[list[int]],
+def dry_run(model: "Decoder", examples: list["Example"], plan: list[list[int]], micro_batch_tokens: int,
             dtype: "torch.dtype") -> None:
     """Print the longest conversations and an estimate of a step's memory."""
-    import torch
-
     from data.packing import group
-    from model import lora
-    from model.decoder import Decoder
     from model.memory import training_memory
 
     lengths = [len(example.tokens) for example in examples]
     longest = sorted(examples, key=lambda example: -len(example.tokens))[:5]
     print("longest: " + ", ".join(f"{example.id} ({len(example.tokens)} tokens)" for example in longest))
-    largest = max(sum(lengths[i] for i in part)
-                  for step in plan for part in group(step, lengths, args.micro_batch_tokens))
-    with torch.device("meta"):
-        model = Decoder(shape)
-    model.checkpoint_activations = args.checkpoint_activations
-    if args.adapter:
-        lora.load(model, args.adapter)
-    elif not args.full:
-        lora.attach(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
+    largest = max(sum(lengths[i] for i in part) for step in plan for part in group(step, lengths, micro_batch_tokens))
     parts = training_memory(model, largest, dtype)
     listing = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
     print(f"memory: about {sum(parts.values()) / 1e6:,.1f} MB and the libraries, with {largest} tokens in the largest "

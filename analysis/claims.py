@@ -6,7 +6,7 @@ interval leaves more open, it is "a part of it at most".
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from analysis.findings import FORCED, Rows, arms, in_words, lost_benchmarks, verdicts
 from analysis.statistics import paired_difference
@@ -19,125 +19,110 @@ def claims(report: dict, rows: Rows) -> list[dict]:
     measures that they are computed from. On the benchmarks that lost something; on all where none did."""
     if not report["drop"]:
         return []
+    drops, index, nll = report["drops"], report["style"]["index"], report["nll"]
     lost = lost_benchmarks(report)
     where = lost or list(report["drop"])
     found: list[dict] = []
 
-    def claim(about: str, sentences: Sequence[str], names: Sequence[str], measured: Sequence[str] = (),
-              on: Sequence[str] = where) -> None:
-        if sentences:
+    def claim(about: str, names: Sequence[str], say: Callable[[str], str] = lambda benchmark: "", opening: str = "",
+              closing: str = "", measured: Sequence[str] = (), on: Sequence[str] = where) -> None:
+        """What there is to `say` on each benchmark, if the evaluations `names` are there."""
+        text = " ".join(filter(None, [opening, *map(say, on), closing])) if all(name in rows for name in names) else ""
+        if text:
             sources = files("evals", ["base", "off_model", *names], on) if names else []
-            found.append({"about": about, "text": " ".join(sentences), "rows": [*sources, *measured]})
+            found.append({"about": about, "text": text, "rows": [*sources, *measured]})
 
-    def versus(name: str, benchmark: str) -> dict:
-        """How much less a control lost than off_model did."""
-        return paired_difference(verdicts(rows[name][benchmark]), verdicts(rows["off_model"][benchmark]))
+    def versus(name: str, benchmark: str, other: str = "off_model") -> dict:
+        """How much less a control lost than off_model, or another, did."""
+        return paired_difference(verdicts(rows[name][benchmark]), verdicts(rows[other][benchmark]))
 
-    def weigh(name: str, conclude: bool = True) -> list[str]:
+    def weigh(name: str, benchmark: str, conclude: bool = True) -> str:
         """Whether SFT (or noise) of another kind cost as much as off-model SFT did."""
-        sentences = []
-        for benchmark in where:
-            own, less, drop = report["drops"][name][benchmark], versus(name, benchmark), report["drop"][benchmark]
-            text = f"On {benchmark} {effect(own)}"
-            if benchmark not in lost or not conclude:
-                sentences.append(f"{text}.")
-            elif less["ci95"][1] < 0:
-                sentences.append(f"{text}, more than off-model SFT cost: enough to be the cause.")
-            elif less["ci95"][0] <= 0:
-                sentences.append(f"{text}: not told apart from off-model SFT's, so this may be the cause.")
-            elif own["ci95"][1] > drop["ci95"][0] / 4:
-                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: a part of it at most.")
-            else:
-                sentences.append(f"{text}, {_points(less)} less than off-model SFT cost: this is not the cause.")
-        return sentences
+        own, less = drops[name][benchmark], versus(name, benchmark)
+        text = f"On {benchmark} {effect(own)}"
+        if benchmark not in lost or not conclude:
+            return f"{text}."
+        if less["ci95"][1] < 0:
+            return f"{text}, more than off-model SFT cost: enough to be the cause."
+        if less["ci95"][0] <= 0:
+            return f"{text}: not told apart from off-model SFT's, so this may be the cause."
+        part = own["ci95"][1] > report["drop"][benchmark]["ci95"][0] / 4
+        return (f"{text}, {_points(less)} less than off-model SFT cost: "
+                f"{'a part of it at most' if part else 'this is not the cause'}.")
 
-    if "control_native" in rows:
-        claim("SFT as such (own responses to the same prompts)", weigh("control_native"), ["control_native"])
+    claim("SFT as such (own responses to the same prompts)", ["control_native"],
+          lambda benchmark: weigh("control_native", benchmark))
     noises = [name for name in rows if name.startswith("control_noise")]
     if noises:
-        worst = max(noises, key=lambda name: sum(report["drops"][name][benchmark]["points"] for benchmark in where))
-        claim(f"H3, noise on the weights (of {len(noises)} draws, the one that lost most)", weigh(worst), noises)
+        worst = max(noises, key=lambda name: sum(drops[name][benchmark]["points"] for benchmark in where))
+        claim(f"H3, noise on the weights (of {len(noises)} draws, the one that lost most)", noises,
+              lambda benchmark: weigh(worst, benchmark))
 
-    if "teacher" in rows:
-        sentences = []
-        for benchmark in where:
-            to_teacher = report["drops"]["teacher"][benchmark]
-            below = versus("teacher", benchmark)
-            accuracy = 100 * report["checkpoints"]["teacher"][benchmark]["accuracy"]
-            said = f"On {benchmark} the teacher has {accuracy:.1f} %: against base {effect(to_teacher, 'lower score')}"
-            if benchmark in lost:
-                if below["ci95"][0] > 0:
-                    said += f"; off-model is {_points(below)} below its own teacher, which imitation does not explain"
-                elif to_teacher["ci95"][0] <= 0:
-                    said += ", so there is no evidence that its answers are worse"
-                else:
-                    said += "; no evidence that off-model is below it: imitating a weaker model may be the cause"
-            sentences.append(f"{said}.")
-        claim("H1, a weak teacher", sentences, ["teacher"])
+    def imitated(benchmark: str) -> str:
+        to_teacher, below = drops["teacher"][benchmark], versus("teacher", benchmark)
+        accuracy = 100 * report["checkpoints"]["teacher"][benchmark]["accuracy"]
+        if benchmark not in lost:
+            verdict = ""
+        elif below["ci95"][0] > 0:
+            verdict = f"; off-model is {_points(below)} below its own teacher, which imitation does not explain"
+        elif to_teacher["ci95"][0] <= 0:
+            verdict = ", so there is no evidence that its answers are worse"
+        else:
+            verdict = "; no evidence that off-model is below it: imitating a weaker model may be the cause"
+        return (f"On {benchmark} the teacher has {accuracy:.1f} %: against base {effect(to_teacher, 'lower score')}"
+                f"{verdict}.")
 
-    nll = report["nll"]
+    claim("H1, a weak teacher", ["teacher"], imitated)
+
     if "teacher" in nll and "native" in nll:
-        text = [f"Per token the teacher's responses cost the student {_nats(nll['teacher'])}, its own to the same "
+        said = [f"Per token the teacher's responses cost the student {_nats(nll['teacher'])}, its own to the same "
                 f"prompts {_nats(nll['native'])}."]
-        names, measured = [], ["measures/teacher_data/teacher.jsonl", "measures/own_data/native.jsonl"]
+        names, close = [], True
+        measured = ["measures/teacher_data/teacher.jsonl", "measures/own_data/native.jsonl"]
         if "matched_nll" in nll and "control_matched_nll" in rows:
             share = nll["matched_nll"]["mean"] / nll["teacher"]["mean"]
-            close = abs(share - 1) < 0.15
-            text += [f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}, {share:.2f} "
-                     "times the teacher's. SFT on these:", *weigh("control_matched_nll", close)]
-            text += [] if close else ["No close match: of data as unlikely as the teacher's it says nothing."]
-            names = ["control_matched_nll"]
+            names, close = ["control_matched_nll"], abs(share - 1) < 0.15
+            said.append(f"Its own at the temperature that comes nearest cost {_nats(nll['matched_nll'])}, {share:.2f} "
+                        "times the teacher's. SFT on these:")
             measured.append("measures/own_data/matched_nll.jsonl")
-        claim("H2, data that is unlikely under the student", text, names, measured)
+        claim("H2, data that is unlikely under the student", names,
+              lambda benchmark: weigh("control_matched_nll", benchmark, close), " ".join(said),
+              "" if close else "No close match: of data as unlikely as the teacher's it says nothing.", measured,
+              where if names else [])
 
-    there = arms(list(rows)).get("recovered", [])
-    if there and "control_more_teacher" in rows:
-        sentences = []
-        for benchmark in where:
-            names = (f"recovered_{there[-1]}", "control_more_teacher")
-            native, more = (versus(name, benchmark) for name in names)
-            sentences.append(f"On {benchmark} {there[-1]} native examples bring {_gain(native)}, as many of the "
-                             f"teacher's in the same steps {_gain(more)}.")
-        claim("More training of any kind", sentences, ["control_more_teacher", f"recovered_{there[-1]}"])
+    most = max(arms(list(rows)).get("recovered", [0]))
+    claim("More training of any kind", ["control_more_teacher", f"recovered_{most}"], lambda benchmark: (
+        f"On {benchmark} {most} native examples bring {_gain(versus(f'recovered_{most}', benchmark))}, as many of the "
+        f"teacher's in the same steps {_gain(versus('control_more_teacher', benchmark))}."))
 
-    if all(name in rows for name in FORCED):
-        sentences = []
-        for benchmark in where:
-            if not in_words(rows["base"][benchmark]):
-                continue
-            forced = report["drops"]["base_in_teacher_style"][benchmark]
-            back = versus("off_model_in_student_style", benchmark)
-            index = report["style"]["index"]
-            placed = [index[name][benchmark] for name in FORCED if index.get(name, {}).get(benchmark)]
-            numbers = " and ".join(f"{one['mean']:.2f}" for one in placed)
-            said = f" (style index {numbers})" if placed else ""
-            sentences.append(f"On {benchmark} the teacher's style, asked of the base model without any training, is "
-                             f"{effect(forced)}; the student's own, asked of the off-model student without any "
-                             f"training, brings {_gain(back)}{said}.")
-        claim("H4, the style, switched without training", sentences, FORCED)
-    if all(name in rows for name in SOURCE_AND_STYLE):
-        sentences = []
-        for benchmark in where:
-            source, style = (paired_difference(verdicts(rows["control_native"][benchmark]),
-                                               verdicts(rows[f"control_{name}"][benchmark]))
-                             for name in ("teacher_in_student_style", "native_in_teacher_style"))
-            sentences.append(f"On {benchmark}, against SFT on the student's own responses in its own style, the "
-                             f"teacher's in the student's style are {effect(source)}, the student's in the teacher's "
-                             f"style {effect(style)}.")
-        claim("Source or style", sentences, SOURCE_AND_STYLE)
+    def switched(benchmark: str) -> str:
+        if not in_words(rows["base"][benchmark]):
+            return ""
+        placed = [index[name][benchmark] for name in FORCED if index.get(name, {}).get(benchmark)]
+        numbers = " and ".join(f"{one['mean']:.2f}" for one in placed)
+        said = f" (style index {numbers})" if placed else ""
+        return (f"On {benchmark} the teacher's style, asked of the base model without any training, is "
+                f"{effect(drops['base_in_teacher_style'][benchmark])}; the student's own, asked of the off-model "
+                f"student without any training, brings {_gain(versus('off_model_in_student_style', benchmark))}{said}.")
 
+    claim("H4, the style, switched without training", FORCED, switched)
+    claim("Source or style", SOURCE_AND_STYLE, lambda benchmark: (
+        f"On {benchmark}, against SFT on the student's own responses in its own style, the teacher's in the student's "
+        f"style are {effect(versus('control_native', benchmark, 'control_teacher_in_student_style'))}, the student's "
+        f"in the teacher's style {effect(versus('control_native', benchmark, 'control_native_in_teacher_style'))}."))
     for benchmark, one in report["together"].items():
         if benchmark in where:
             away = {name: versus(name, benchmark) for name in report["kl"] if name not in one["path"]}
-            claim("H4 and H5, style and distance", _moves(benchmark, one, report, away),
-                  [*one["path"], "teacher", *away],
-                  [*chat_files(report), *files("measures", report["kl"], [benchmark])], [benchmark])
+            claim("H4 and H5, style and distance", [*one["path"], "teacher", *away],
+                  lambda benchmark, one=one, away=away: " ".join(_moves(benchmark, one, report, away)),
+                  measured=[*chat_files(report), *files("measures", report["kl"], [benchmark])], on=[benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
-            base, which = name.replace("off_model", "base"), int(name.rpartition("_")[2]) - 1
-            claim(f"Another system prompt: {report['options']['eval_system'][which]}",
-                  [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt; "
-                   f"without it {_points(report['drop'][benchmark])}." for benchmark in where], [base, name])
+            system = report["options"]["eval_system"][int(name.rpartition("_")[2]) - 1]
+            claim(f"Another system prompt: {system}", [name.replace("off_model", "base"), name],
+                  lambda benchmark, name=name: (
+                      f"On {benchmark} {effect(drops[name][benchmark])}, against base under the same prompt; without "
+                      f"it {_points(report['drop'][benchmark])}."))
     return found
 
 

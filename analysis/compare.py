@@ -6,7 +6,6 @@ Folders that can't be compared are refused, with the first thing that differs: t
 in, the chat template, the system prompt, how and how far was sampled. --although NAME takes what is meant to differ.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -33,17 +32,14 @@ def compare(before: Path, after: Path, although: tuple[str, ...] = ()) -> dict[s
         if one != other and name not in although:
             raise UserError(f"{before} and {after} can't be compared: {name} is {_short(one)} in the first and "
                             f"{_short(other)} in the second; if that is meant, --although {name}")
-    return {name: compare_rows(*rows) for name, rows in paired_rows(before, after).items()}
-
-
-def paired_rows(before: Path, after: Path) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Graded rows of both folders by benchmark; a UserError where these are not the same problems in the same order."""
     names = [list(read_json(folder / "summary.json")) for folder in (before, after)]
     if set(names[0]) != set(names[1]):
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
-    found = {name: tuple(read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after)) for name in names[0]}
-    for name, rows in found.items():
-        check_same_problems(name, before, rows[0], after, rows[1])
+    found = {}
+    for name in names[0]:
+        rows, others = (read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after))
+        check_same_problems(name, before, rows, after, others)
+        found[name] = compare_rows(rows, others)
     return found
 
 
@@ -72,19 +68,14 @@ def _short(value: object) -> str:
     return text if len(text) < 60 else text[:57] + "…"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Print a line or two for each benchmark."""
     parser = Parser(__doc__)
     parser.add_argument("before", type=Path, help="folder of an evaluation (evaluate.py --out)")
     parser.add_argument("after", type=Path, help="another, on the same problems")
     parser.add_argument("--although", action="append", default=[], choices=CONDITIONS, metavar="NAME",
                         help=f"what may differ (may be given again): {', '.join(CONDITIONS)}")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print a line or two for each benchmark."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     for name, found in compare(args.before, args.after, tuple(args.although)).items():
         gain, high, low = (0 - points for points in (found["points"], *found["ci95"]))
         lost = ", ".join(f"{count} {fate}" for fate, count in found["lost"].items())

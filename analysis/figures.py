@@ -21,11 +21,11 @@ def draw_all(report: dict, folder: Path) -> list[str]:
     """Write every figure that the report has the numbers for; returns their names."""
     benchmark = main_benchmark(report)
     path = report["together"].get(benchmark)
+    there = arms(list(report["checkpoints"]))
     figures = {
         "accuracy": (draw_accuracy, True),
-        "overview": (draw_overview, benchmark and report["checkpoints"]["base"][benchmark]["by_level"]
-                     and arms(list(report["checkpoints"]))),
-        "recovery": (draw_recovery, arms(list(report["checkpoints"]))),
+        "overview": (draw_overview, benchmark and report["checkpoints"]["base"][benchmark]["by_level"] and there),
+        "recovery": (draw_recovery, there),
         "style": (draw_style, path and path["style"] and len(path["path"]) > 2),
         "distance": (draw_distance, benchmark and report["kl"]),
     }
@@ -170,26 +170,24 @@ def draw_style(report: dict) -> "Figure":
     one, index = report["together"][benchmark], report["style"]["index"]
     scaled = {0.0: "base", 1.0: "off_model"} | {
         float(name.removeprefix("scaled_")): name for name in report["checkpoints"] if name.startswith("scaled_")}
-    both = len(scaled) > 2
-    figure, panels = new_figure(1 + both, 3.2, width=4.6)
-    axes, names = panels[0], one["path"]
-    axes.plot([100 * value for value in one["accuracy"]], "-o", color=COLOURS["base"], markersize=5, label="accuracy")
-    axes.plot([100 * value for value in one["style"]], "--s", color=COLOURS["off_model"], markersize=5,
-              label="style: 0 base's, 100 the teacher's")
-    short = [name.replace("off_model_step_", "").replace("recovered_", "+") for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=60, fontsize=8)
-    _label(axes, f"{benchmark}: SFT, then recovery", "steps of SFT, then + native examples", "%")
-    if both:
-        places = sorted(scaled)
-        panels[1].plot(places, [100 * report["checkpoints"][scaled[place]][benchmark]["accuracy"] for place in places],
-                       "-o", color=COLOURS["base"], markersize=5, label="accuracy")
-        panels[1].plot(places, [100 * index[scaled[place]][benchmark]["mean"] for place in places], "--s",
-                       color=COLOURS["off_model"], markersize=5, label="style: 0 base's, 100 the teacher's")
+    names = [scaled[scale] for scale in sorted(scaled)]
+    curves = [(range(len(one["path"])), one["accuracy"], one["style"]),
+              (sorted(scaled), [report["checkpoints"][name][benchmark]["accuracy"] for name in names],
+               [index[name][benchmark]["mean"] for name in names])]
+    figure, panels = new_figure(2 if len(scaled) > 2 else 1, 3.2, width=4.6)
+    for axes, (places, accuracies, style) in zip(panels, curves, strict=False):
+        axes.plot(places, [100 * value for value in accuracies], "-o", color=COLOURS["base"], markersize=5,
+                  label="accuracy")
+        axes.plot(places, [100 * value for value in style], "--s", color=COLOURS["off_model"], markersize=5,
+                  label="style: 0 base's, 100 the teacher's")
+        axes.set_ylim(min(0, *(100 * value for value in one["style"])) - 2,
+                      max(105, *(100 * value + 5 for value in one["style"])))
+        axes.grid(axis="y", color=GRID)
+    short = [name.replace("off_model_step_", "").replace("recovered_", "+") for name in one["path"]]
+    panels[0].set_xticks(curves[0][0], short, rotation=60, fontsize=8)
+    _label(panels[0], f"{benchmark}: SFT, then recovery", "steps of SFT, then + native examples", "%")
+    if len(panels) > 1:
         _label(panels[1], "the off-model adapter, scaled", "scale")
-    lowest = min([0, *(100 * value for value in one["style"])])
-    for each in panels:
-        each.set_ylim(lowest - 2, max([105, *(100 * value + 5 for value in one["style"])]))
-        each.grid(axis="y", color=GRID)
     panels[-1].legend(fontsize=8, frameon=False)
     return figure
 

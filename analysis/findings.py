@@ -4,7 +4,7 @@ Nothing is remembered from the run: `python -m analysis.report DIR` finds what i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,13 @@ def read_evaluations(folder: Path) -> Rows:
     return rows
 
 
+def kind_of(name: str, kinds: Iterable[str]) -> str:
+    """The longest of `kinds` that a checkpoint's name begins with, or nothing."""
+    return max((kind for kind in kinds if name.startswith(kind)), key=len, default="")
+
+
 def _place(name: str) -> tuple:
-    kind = max((beginning for beginning in ORDER if name.startswith(beginning)), key=len, default="")
+    kind = kind_of(name, ORDER)
     parts = tuple((0, float(part), "") if re.fullmatch(r"[\d.]+", part) else (1, 0.0, part)
                   for part in re.split(r"(\d+(?:\.\d+)?)", name) if part)
     return ORDER.index(kind) if kind else len(ORDER), parts

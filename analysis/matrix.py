@@ -6,7 +6,6 @@ Gathers the reports of the cells that are there (folders with a report.json), wh
 matrix.md, matrix.json and matrix.png.
 """
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,16 +74,11 @@ def draw_matrix(reports: dict[str, dict], benchmarks: list[str]) -> "Figure":
     return figure
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="that holds the cells")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Gather the cells of a matrix."""
-    folder = parse(argv).folder
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="that holds the cells")
+    folder = parser.parse_args(argv).folder
     with alone(folder / ".lock", wait=True):
         print(f"{len(write_matrix(folder))} pairs: {folder / 'matrix.md'}")
 

@@ -7,14 +7,13 @@ below each part stand the files that it was made from.
 recover.py writes the report at its end; as a program this writes it again, after `evaluate.py --rescore`, say.
 """
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.claims import chat_files, claims, effect, files, spread
 from analysis.figures import draw_all, main_benchmark
-from analysis.findings import Rows, arms, find, lost_benchmarks
+from analysis.findings import Rows, arms, find, kind_of, lost_benchmarks
 from analysis.style import FEATURES
 from base.errors import run_script
 from base.files import alone, write_json, write_text
@@ -83,7 +82,9 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     page.add("Accuracy",
              f"In %, with 95 % Wilson intervals; the same problems for every checkpoint (n = {counts}). "
              "recovered_N is off_model, trained on N of the student's own responses to other prompts. The table at the "
-             "end has every checkpoint.", _accuracies(checkpoints, main), sources=files("evals", main, benchmarks))
+             "end has every checkpoint.",
+             table(["checkpoint", *benchmarks], _accuracies({name: checkpoints[name] for name in main})),
+             sources=files("evals", main, benchmarks))
     if report["drop"]:
         _add_losses(page, report, benchmarks)
     if recovered:
@@ -124,21 +125,19 @@ def _setup(report: dict) -> str:
             f"{report['revision'] or 'unknown'}.")
 
 
-def _accuracies(checkpoints: dict, names: Sequence[str]) -> str:
-    benchmarks = list(checkpoints["base"])
-    return table(["checkpoint", *benchmarks],
-                 [[name, *(_accuracy(checkpoints[name][benchmark]) for benchmark in benchmarks)] for name in names])
-
-
 def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
     """What was lost, what became of it, and on which problems."""
+    base, off = (report["checkpoints"][name] for name in ("base", "off_model"))
     page.add("What SFT on the teacher's responses cost",
              "Points lost from base to off_model: bootstrap interval over problems, McNemar's mid-p. Then what became "
              "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
              "most are cut, a higher --max-new-tokens may show that nothing was lost.",
              table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
                     "all cut, base → off", "all without an answer"],
-                   [_drop_row(name, report) for name in benchmarks]),
+                   [[name, *_points(drop), _p(drop["p"]),
+                     *(str(report["lost"][name][fate]) for fate in ("truncated", "unparsed", "wrong", "gained")),
+                     *(f"{base[name][fate]} → {off[name][fate]}" for fate in ("truncated", "unparsed"))]
+                    for name, drop in report["drop"].items()]),
              sources=files("evals", [name for name in report["checkpoints"]
                              if name in OVERVIEW or name.startswith("recovered")], benchmarks), figure="overview")
     sentences, body, lost = [], [], lost_benchmarks(report)
@@ -151,8 +150,8 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
                     f"the loss {'grows' if slope > 0 else 'shrinks'} with")
                 sentences.append(f"On {plain(benchmark)} {verb} {of} ({slope:+.1f} points a step, p = {_p(p)}; "
                                  "permutation test over problems).")
-            body += [[benchmark, kind, str(group["group"]), str(group["n"]), f"{group['points']:.1f}",
-                      f"{group['ci95'][0]:.1f} to {group['ci95'][1]:.1f}"] for group in found["groups"]]
+            body += [[benchmark, kind, str(group["group"]), str(group["n"]), *_points(group)]
+                     for group in found["groups"]]
     if body:
         page.add("By difficulty", " ".join(sentences), "By level: all problems that have one. By length: those that "
                  "base solved, some of which it would not solve again, so that a part of the loss there is chance.",
@@ -231,14 +230,13 @@ def _add_appendix(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
     """Every checkpoint, and where the time went."""
     checkpoints, index, kl = report["checkpoints"], report["style"]["index"], report["kl"]
     worded, stems = list(index.get("base", {})), list(next(iter(kl.values()), {}))
-    body = [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks),
-             *(_measure(index[name][benchmark], 2) for benchmark in worded),
-             *(_measure(kl.get(name, {}).get(stem)) for stem in stems)] for name, entry in checkpoints.items()]
+    body = [[*cells, *(_measure(index[cells[0]][benchmark], 2) for benchmark in worded),
+             *(_measure(kl.get(cells[0], {}).get(stem)) for stem in stems)] for cells in _accuracies(checkpoints)]
     page.add("Every checkpoint", "Accuracy in %; style index: 0 is base's, 1 the teacher's; KL in nats per token.",
              table(["checkpoint", *benchmarks, *(f"{name}: style" for name in worded),
                     *(f"KL on {stem}" for stem in stems)], body),
              "\n".join(f"- `{kind}`: {meaning}" for kind, meaning in MEANING.items()
-                       if any(_kind(name) == kind for name in checkpoints)),
+                       if kind in {kind_of(name, MEANING) for name in checkpoints}),
              sources=[*files("evals", checkpoints, benchmarks), *chat_files(report), *files("measures", kl, stems)])
     if report["seconds"]:
         longest = sorted(report["seconds"].items(), key=lambda item: -item[1])[:5]
@@ -288,10 +286,7 @@ def _limits(report: dict) -> list[str]:
 
 def summary_table(report: dict) -> str:
     """Checkpoints × benchmarks for a terminal."""
-    benchmarks = list(report["checkpoints"]["base"])
-    body = [[name, *(_accuracy(entry[benchmark]) for benchmark in benchmarks)]
-            for name, entry in report["checkpoints"].items()]
-    rows = [["accuracy, % (95 %)", *benchmarks], *body]
+    rows = [["accuracy, % (95 %)", *report["checkpoints"]["base"]], *_accuracies(report["checkpoints"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -323,21 +318,18 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def _kind(checkpoint: str) -> str | None:
-    return max((kind for kind in MEANING if checkpoint.startswith(kind)), key=len, default=None)
+def _accuracies(checkpoints: dict) -> list[list[str]]:
+    """A row for each checkpoint: its name, and its accuracy on each benchmark."""
+    def cell(entry: dict) -> str:
+        low, high = entry["ci95"]
+        return f"{100 * entry['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+    return [[name, *(cell(of[benchmark]) for benchmark in checkpoints["base"])] for name, of in checkpoints.items()]
 
 
-def _accuracy(entry: dict) -> str:
-    low, high = entry["ci95"]
-    return f"{100 * entry['accuracy']:.1f} ({100 * low:.0f} to {100 * high:.0f})"
-
-
-def _drop_row(benchmark: str, report: dict) -> list[str]:
-    drop = report["drop"][benchmark]
-    base, off = (report["checkpoints"][name][benchmark] for name in ("base", "off_model"))
-    return [benchmark, f"{drop['points']:.1f}", f"{drop['ci95'][0]:.1f} to {drop['ci95'][1]:.1f}", _p(drop["p"]),
-            *(str(report["lost"][benchmark][fate]) for fate in ("truncated", "unparsed", "wrong", "gained")),
-            f"{base['truncated']} → {off['truncated']}", f"{base['unparsed']} → {off['unparsed']}"]
+def _points(found: dict) -> tuple[str, str]:
+    """Points lost, and their interval, each for a column of its own."""
+    return f"{found['points']:.1f}", f"{found['ci95'][0]:.1f} to {found['ci95'][1]:.1f}"
 
 
 def _p(value: float) -> str:
@@ -365,16 +357,11 @@ def _measure(found: dict | None, digits: int = 4) -> str:
     return "–" if found is None else spread(found, digits)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, help="of an experiment (recover.py --out)")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Write the report of a folder."""
-    folder = parse(argv).folder
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="of an experiment (recover.py --out)")
+    folder = parser.parse_args(argv).folder
     with alone(folder / ".lock"):
         print(f"{summary_table(write_report(folder))}\n{folder / 'report.md'}")
 

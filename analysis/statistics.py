@@ -148,12 +148,11 @@ def recovery(base: Sequence[bool], off: Sequence[bool], recovered: dict[int, Seq
     gains = np.einsum("dp,nrp,dr->dn", drawn, np.concatenate((back, halves), -1), of_runs / runs, optimize=True)
     drops = drawn @ np.concatenate((drop, [1.0, 1.0]))
     fine = drops > 0
-    draws, none = gains[fine] / drops[fine, None], np.ones(((~fine).sum(), len(counts_of)))
+    draws = gains / np.where(fine, drops, 1)[:, None]  # (D, N), of which those without a drop are not looked at
 
     def bounds(values: np.ndarray, least: float, most: float) -> np.ndarray:
-        """(2, …) the 95 % interval, draws without a drop being at both ends."""
-        return np.array([np.percentile(np.concatenate((values, (none if values.ndim > 1 else none[:, 0]) * end)),
-                                       percent, axis=0, method="nearest")
+        """(2, …) the 95 % interval of (D, …), draws without a drop being at both ends."""
+        return np.array([np.percentile(np.where(fine, values.T, end), percent, axis=-1, method="nearest")
                          for end, percent in ((least, 2.5), (most, 97.5))])
 
     low, high = bounds(draws, -np.inf, np.inf)

@@ -21,20 +21,21 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A prompt with its response as the model reads it; tokens[first:last] are the response and its end of turn."""
-
-    tokens: list[int]
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
 class Conversation:
     """Turns as the model reads them in one piece; each span [first, last) is a response and its end of turn."""
 
     tokens: list[int]
     spans: tuple[tuple[int, int], ...]
+
+    @property
+    def first(self) -> int:
+        """Where the first response begins."""
+        return self.spans[0][0]
+
+    @property
+    def last(self) -> int:
+        """Where the last one ends."""
+        return self.spans[-1][1]
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -91,18 +92,12 @@ class Chat:
         begin with."""
         return self.encode(self.render(user, system) + opener)
 
-    def turn(self, user: str, response: str, system: str | None = None, ended: bool = True) -> Turn:
-        """Token ids of prompt and response, and the span that is supervised.
-
-        `ended` is False for a response that was cut at a length limit: it has no end of turn, and training on one
-        would teach the model to stop in mid-sentence.
-        """
-        prompt = self.render(user, system)
-        return self._turn(prompt, self._answered(prompt, self.render(user, system, response), response), ended)
-
     def conversation(self, messages: Sequence[dict], ended: bool = True) -> Conversation:
         """Token ids of messages (dicts of role and content; user and assistant by turns, behind a system prompt if
-        any), every response supervised; of the last, `ended` says the same as in `turn`.
+        any), every response supervised.
+
+        `ended` is False where the last response was cut at a length limit: it has no end of turn, and training on one
+        would teach the model to stop in mid-sentence.
 
         Each response stands behind the prompt that the sampler would give. So a template that renders earlier turns
         in another way later (dropping their reasoning, say) is a UserError.
@@ -111,21 +106,34 @@ class Chat:
         said = messages[system is not None :]
         tokens, spans, done = [], [], ""
         for i in range(0, len(said), 2):
-            (user, response), last = (message["content"] for message in said[i : i + 2]), i + 2 == len(said)
+            user, response = (message["content"] for message in said[i : i + 2])
             prompt = self.render(user, system, earlier=said[:i])
             text = self._answered(prompt, self.render(user, system, response, said[:i]), response)
             if not prompt.startswith(done):
                 raise UserError(f"the chat template of {self.folder} rewrites earlier turns of a conversation, so that "
                                 "they can't be trained on together; give each turn as a row of its own")
-            turn = self._turn(prompt[len(done) :], text[len(done) :], ended or not last)
-            spans.append((len(tokens) + turn.first, len(tokens) + turn.last))
-            tokens += turn.tokens
+            cut = not ended and i + 2 == len(said)
+            # prompt and response in one piece, as `apply_chat_template` does. The span is found by position, so that
+            # nothing a response contains, end-of-turn tokens included, can move it
+            turn = self.encode(text[len(done) : len(text) - len(self.closing) * cut])
+            last = len(turn) - (0 if cut else self.behind_end)
+            # a token that straddles the seam ("\n" of the template, "\n" of the response) is the response's
+            opening = self.encode(prompt[len(done) :])
+            first = next((j for j, (a, b) in enumerate(zip(opening, turn, strict=False)) if a != b), len(opening))
+            spans.append((len(tokens) + min(first, last), len(tokens) + last))
+            tokens += turn
             done = text
         # turn by turn, since encoding all that was said for each turn takes time by the square of their number
         if len(spans) > 1 and tokens != self.encode(done if ended else done.removesuffix(self.closing)):
             raise UserError(f"the tokenizer of {self.folder} gives a conversation other tokens than its turns one by "
                             "one, so that they can't be trained on together; give each turn as a row of its own")
         return Conversation(tokens, tuple(spans))
+
+    def turn(self, user: str, response: str, system: str | None = None, ended: bool = True) -> Conversation:
+        """A `conversation` of one turn."""
+        before = [{"role": "system", "content": system}] if system is not None else []
+        return self.conversation([*before, {"role": "user", "content": user},
+                                  {"role": "assistant", "content": response}], ended)
 
     def _answered(self, prompt: str, text: str, response: str) -> str:
         """The template's rendering `text` of prompt and response, or, where it rewrites the response, both as they are.
@@ -137,17 +145,6 @@ class Chat:
         if text == prompt + middle + self.closing and middle.strip() == response.strip():
             return text
         return prompt + response + self.closing
-
-    def _turn(self, prompt: str, text: str, ended: bool) -> Turn:
-        """`text` is the prompt, the response, and what the template puts behind one; encoded in one piece, as
-        `apply_chat_template` does. The span is found by position, so that nothing a response contains, end-of-turn
-        tokens included, can move it."""
-        tokens = self.encode(text if ended else text[: len(text) - len(self.closing)])
-        last = len(tokens) - (self.behind_end if ended else 0)
-        # A token that straddles the seam ("\n" of the template, "\n" of the response) is the response's
-        opening = self.encode(prompt)
-        first = next((i for i, (a, b) in enumerate(zip(opening, tokens, strict=False)) if a != b), len(opening))
-        return Turn(tokens, min(first, last), last)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text; the template has written the special tokens, none are added."""

@@ -1,15 +1,9 @@
-"""What a training step holds in memory, on paper: the estimate of `train.py --dry-run`, and a table for big students.
-
-    python -m model.memory
-"""
-
-from dataclasses import replace
+"""What a training step holds in memory, on paper: the estimate of `train.py --dry-run`."""
 
 import torch
 
-from model.config import ModelConfig
 from model.decoder import Decoder
-from model.lora import LoRAConfig, adapted, attach
+from model.lora import adapted
 from model.loss import CHUNK
 
 
@@ -39,31 +33,3 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
         "activations": tokens * (kept + block),  # and those of the block whose gradient is being computed
         "logits": CHUNK * config.vocab_size * (4 + (size if size < 4 else 0)),  # of a chunk, and their gradient
     }
-
-
-def main() -> None:
-    """A LoRA of rank 16 on an 8B and a 14B student in bfloat16, on cards of 24, 48 and 80 GB."""
-    llama = ModelConfig("LlamaForCausalLM", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 131072, 5e5, "default", {},
-                        tied=False, qkv_bias=False, qk_norm=False, eos_ids=())
-    qwen = replace(llama, architecture="Qwen3ForCausalLM", vocab_size=151936, hidden_size=5120,
-                   intermediate_size=17408, num_layers=40, num_heads=40, qk_norm=True)
-    print(f"{'':18}{'checkpointed':14}{'weights':>9}{'trained':>9}{'logits':>8}{'KB a token':>12}"
-          f"{'most tokens of a forward pass, on 24, 48, 80 GB':>50}")
-    for name, config in (("8B (Llama 3.1)", llama), ("14B (Qwen3)", qwen)):
-        with torch.device("meta"):
-            model = Decoder(config)
-        attach(model, LoRAConfig())
-        for checkpointed in (False, True):
-            model.checkpoint_activations = checkpointed
-            parts = training_memory(model, 1, torch.bfloat16)
-            fixed = sum(parts.values()) - parts["activations"]
-            # a tenth is left to the allocator and to CUDA
-            most = [max(0, int((0.9 * card * 1e9 - fixed) / parts["activations"])) for card in (24, 48, 80)]
-            trained = parts["gradients"] + parts["optimiser"]
-            print(f"{name:18}{'yes' if checkpointed else 'no':14}{parts['weights'] / 1e9:9.1f}"
-                  f"{trained / 1e9:9.2f}{parts['logits'] / 1e9:8.2f}{parts['activations'] / 1e3:12,.0f}"
-                  + "".join(f"{tokens:>{26 if i == 0 else 12},}" for i, tokens in enumerate(most)))
-
-
-if __name__ == "__main__":
-    main()
