@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
-from data.benchmarks.grading import judge
+from base.grading import judge
 from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
 from data.hub import read_dataset
 
@@ -38,7 +38,7 @@ def load(n: int | None, seed: int) -> Benchmark:
 
 def grade(rows: Sequence[dict]) -> list[Verdict]:
     """Check each row's instructions, in worker processes: a response can keep a regular expression busy for hours."""
-    answers = judge("ifeval", [(row["gold"], row["response"]) for row in rows])
+    answers = judge(__name__, [(row["gold"], row["response"]) for row in rows])
     verdicts = []
     for row, answer in zip(rows, answers, strict=True):
         types = [name for name, _ in json.loads(row["gold"])]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.files import sha256
-from data.benchmarks.grading import judge
+from base.grading import judge
 from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
 from data.hub import read_dataset
 from data.rows import read_rows
@@ -69,7 +69,7 @@ def grade(rows: Sequence[dict]) -> list[Verdict]:
     equal = [answer is not None and answer == row["gold"].strip() for row, answer in zip(rows, answers, strict=True)]
     asked = [i for i, answer in enumerate(answers) if answer is not None and not equal[i] and _could_be(answer)]
     items = [(rows[i]["gold"], answers[i], rows[i].get("unit") or "", rows[i].get("tolerance") or "") for i in asked]
-    for i, verdict in zip(asked, judge("mathematics", items), strict=True):
+    for i, verdict in zip(asked, judge(__name__, items), strict=True):
         equal[i] = verdict
     return [Verdict(bool(verdict), answer, "grader timed out" if verdict is None else None)
             for verdict, answer in zip(equal, answers, strict=True)]

@@ -1,8 +1,9 @@
-"""Graders in processes that can be killed: `judge` calls a benchmark's `check` on each item in a worker.
+"""Checks in processes that can be killed: `judge` calls a module's `check` on each item in a worker.
 
 What a model writes is hostile by accident. 9^{9^{9^9}} keeps a symbolic library busy for years, or takes all memory; a
-hundred thousand brackets do the same to a regular expression. So every check has a limit of processor time and of
-memory, and runs in a process that the kernel kills at either.
+hundred thousand brackets do the same to a regular expression, and a chat template of a stranger's to the sandbox that
+it runs in. So every check has a limit of processor time and of memory, and runs in a process that the kernel kills at
+either.
 
 A worker is a process that runs `serve`. It imports what the checks need and then forks a child to do them, so that the
 next child, after one was killed, costs a few milliseconds and no import. Items go in and verdicts come out as a JSON
@@ -31,7 +32,7 @@ SPENT = 300 << 20  # bytes that a child may hold on to before it is replaced: sy
 
 
 def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = None) -> list:
-    """`data.benchmarks.<module>.check(*item)` of each item; None where it ran past its limits.
+    """`check(*item)` of the module for each item; None where it ran past its limits.
 
     What `check` returns comes back as JSON does: a tuple as a list. If it raises, that is a mistake of ours: the worker
     prints it and ends, and an AssertionError says so.
@@ -40,7 +41,7 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
     count = min(workers or os.cpu_count() or 1, len(distinct))
     if count == 0:
         return []
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     with ThreadPoolExecutor(count) as pool:  # a thread does nothing but wait for its worker
 
         def ask(item: tuple[str, ...]) -> object:
@@ -53,7 +54,7 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
         started = []
         try:
             for _ in range(count):
-                started.append(_Worker(module))
+                started.append(Worker(module))
                 idle.put(started[-1])
             verdicts = dict(zip(distinct, pool.map(ask, distinct), strict=True))
         finally:
@@ -63,15 +64,16 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
     return [verdicts[item] for item in items]
 
 
-class _Worker:
-    """A grading process, from outside."""
+class Worker:
+    """A process that does a module's checks, from outside."""
 
     def __init__(self, module: str) -> None:
-        program = f"from data.benchmarks import grading; grading.serve({module!r})"
-        self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[2],
+        program = f"from base import grading; grading.serve({module!r})"
+        self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[1],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def ask(self, item: tuple[str, ...]) -> object:
+    def ask(self, item: tuple) -> object:
+        """What `check(*item)` returns, as JSON does; None where it ran past its limits."""
         line = ""
         with suppress(BrokenPipeError):
             print(json.dumps(item), file=self.process.stdin, flush=True)
@@ -80,6 +82,7 @@ class _Worker:
         return json.loads(line)
 
     def close(self) -> None:
+        """End it."""
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # on which it ends
         self.process.wait()
@@ -91,13 +94,13 @@ def serve(module: str) -> None:
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; with it gone, the input ends
-    benchmark = importlib.import_module(f"data.benchmarks.{module}")
-    benchmark.check(*benchmark.EXAMPLE)  # once here, so that libraries and their tables are there in every child
+    checker = importlib.import_module(module)
+    checker.check(*checker.EXAMPLE)  # once here, so that libraries and their tables are there in every child
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     child = None
     for line in sys.stdin:
-        child = child or _Child(benchmark.check)
+        child = child or _Child(checker.check)
         answer = child.ask(line)
         verdict, spent = json.loads(answer) if answer else (None, True)
         if spent:
