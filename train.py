@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import math
+import re
 import resource
 import sys
 import time
@@ -24,7 +25,7 @@ from base.errors import UserError, run_script
 from base.files import same_run_folder, sha256, whole, write_record
 from base.hub import model_folder
 from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
-from data.rows import GrowingRows, read_rows
+from data.rows import ANSWERED, GrowingRows, read_rows
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from model.decoder import Decoder
 
 STATE = "training_state.safetensors"
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+METRICS = {"step": int, "loss": float, "seconds": float}
 NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
 
 
@@ -138,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     """Response rows in, adapter or model out."""
     args = parse(argv)
     rows = [row | {"messages": as_messages(row, args.data)}
-            for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
+            for row in read_rows(args.data, ANSWERED, instead="messages")]
     end = args.skip + (args.n or 1)
     if end > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and {end} are asked for; lower --n or --skip")
@@ -246,8 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     write_record(record, options, facts)
     start = load_state(args.out / STATE, parameters, optimizers)
     before = shown = validation_loss() if validation and start == 0 else None
-    with (GrowingRows(args.out / "metrics.jsonl", key="step") as metrics,
+    with (GrowingRows(args.out / "metrics.jsonl", METRICS, key="step") as metrics,
           tqdm(total=len(plan), initial=start, desc=args.out.name, unit="step", disable=None) as progress):
+        if not metrics.rows.keys() >= set(range(1, start + 1)):
+            raise UserError(f"{metrics.partial} lacks steps that {STATE} has behind it; delete both to begin again")
         for step in range(start, len(plan)):
             began = time.perf_counter()
             torch.manual_seed(step_seed(args.seed, step))  # dropout: the same when the run is taken up here
@@ -456,6 +461,7 @@ def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
 def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizers: list["torch.optim.Optimizer"]
                ) -> int:
     """Take up a saved state; returns the steps that are done, 0 where there is none."""
+    import torch
     from safetensors import safe_open
 
     from model.weights import read_tensors
@@ -465,6 +471,13 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
     tensors = read_tensors(path)
     owner = {parameter: optimizer for optimizer in optimizers
              for group in optimizer.param_groups for parameter in group["params"]}
+    with safe_open(path, framework="pt") as file:
+        step = (file.metadata() or {}).get("step", "")
+    wanted = {f"{name}:{kind}": () if kind == "step" else parameter.shape for name, parameter in parameters.items()
+              for kind in ("value", *MOMENTS[type(owner[parameter]).__name__])}
+    if not re.fullmatch(r"[1-9]\d{0,8}", step) or {
+            key: tensor.shape for key, tensor in tensors.items() if tensor.dtype == torch.float32} != wanted:
+        raise UserError(f"{path} is not the state of this training; delete the folder to begin again")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"{name}:value"])
     for key, tensor in tensors.items():
@@ -473,8 +486,7 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
         if moment != "value":  # AdamW's count of steps stays on the CPU, where the optimiser reads it
             place = tensor.device if moment == "step" else parameter.device
             owner[parameter].state[parameter][moment] = tensor.to(place, copy=True)
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
+    return int(step)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from analysis.statistics import compare_rows
 from base.errors import UserError, run_script
-from base.files import read_json
+from base.files import inside, read_json
 from base.options import Parser
-from data.rows import read_rows
+from data.rows import GRADED, read_rows
 
 # Of an evaluation's config.json: what has to be the same for its rows to be comparable. The models may differ.
 CONDITIONS = ("template_sha256", "template_options", "today", "system", "opener", "temperature", "top_p", "top_k",
@@ -41,7 +41,8 @@ def paired_rows(before: Path, after: Path) -> dict[str, tuple[list[dict], list[d
     names = [list(read_json(folder / "summary.json")) for folder in (before, after)]
     if set(names[0]) != set(names[1]):
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
-    found = {name: tuple(read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after)) for name in names[0]}
+    found = {name: tuple(read_rows(inside(folder, f"{name}.jsonl"), GRADED) for folder in (before, after))
+             for name in names[0]}
     for name, rows in found.items():
         check_same_problems(name, before, rows[0], after, rows[1])
     return found
@@ -61,8 +62,8 @@ def check_same_problems(benchmark: str, first: Path, rows: list[dict], second: P
 def _conditions(folder: Path) -> dict:
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
-    record = read_json(folder / "config.json")
-    found = record.get("options", {}) | {"template_sha256": record.get("template_sha256")}
+    record = read_json(folder / "config.json", {"options": dict})
+    found = record["options"] | {"template_sha256": record.get("template_sha256")}
     greedy = not found.get("temperature")
     return found | dict.fromkeys(("seed", "top_p", "top_k")) if greedy else found  # greedily, they decide nothing
 

@@ -16,7 +16,7 @@ from analysis.claims import chat_files, claims, effect, files, spread
 from analysis.figures import draw_all, main_benchmark
 from analysis.findings import Rows, arms, find, lost_benchmarks
 from analysis.style import FEATURES
-from base.errors import run_script
+from base.errors import printable, run_script
 from base.files import write_json, write_text
 from base.options import Parser
 
@@ -308,19 +308,14 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is: no link, image, HTML or new cell can come out of it."""
-    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in _printable(text))
+    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in printable(text))
     return " ".join(escaped.split())
 
 
 def fence(text: str) -> str:
     """Text as a block of code that it can't end: the fence is longer than any run of backticks in it."""
     ticks = "`" * (1 + max([2, *map(len, re.findall(r"`+", text))]))
-    return f"{ticks}text\n{_printable(text)}\n{ticks}"
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return f"{ticks}text\n{printable(text)}\n{ticks}"
 
 
 def _kind(checkpoint: str) -> str | None:

@@ -28,7 +28,8 @@ EXAMPLE = (json.dumps([("length_constraints:number_sentences", {"num_sentences":
 def load(n: int | None, seed: int) -> Benchmark:
     """The prompts, or a sample of them; the gold is a JSON list of (type, arguments)."""
     rows, dataset = read_dataset("google/IFEval", "ifeval_input_data.jsonl",
-                                 columns=("key", "prompt", "instruction_id_list", "kwargs"))
+                                 columns={"key": (int, str), "prompt": str, "instruction_id_list": [str],
+                                          "kwargs": [dict]})
     problems = []
     for row in rows:
         instructions = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from base.errors import UserError
 from base.files import sha256
 from base.grading import judge
 from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
@@ -28,7 +27,8 @@ EXAMPLE = (r"(\frac{1}{2}, \sqrt{2}]", r"(0.5, 2^{1/2}]", "cm", "0.1")  # for `c
 def load_math500(n: int | None, seed: int) -> Benchmark:
     """The 500 problems, or a sample of them stratified by level (1 to 5)."""
     rows, dataset = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl",
-                                 columns=("problem", "answer", "level", "subject", "unique_id"))
+                                 columns={"problem": str, "answer": str, "level": int, "subject": str,
+                                          "unique_id": str})
     problems = [Problem(row["unique_id"], row["problem"] + INSTRUCTION, row["answer"], row["level"], str(row["level"]),
                         {"subject": row["subject"]}) for row in rows]
     return Benchmark("math500", "mathematics", sample(problems, n, seed), dataset)
@@ -38,7 +38,8 @@ def load_olympiads(n: int | None, seed: int) -> Benchmark:
     """The English mathematics competitions without pictures and proofs, or a sample stratified by subject."""
     rows, dataset = read_dataset(
         "Hothan/OlympiadBench", "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
-        columns=("id", "question", "final_answer", "is_multiple_answer", "unit", "error", "subfield"))
+        columns={"id": (int, str), "question": str, "final_answer": [str], "is_multiple_answer": bool,
+                 "unit": (str, None), "error": (str, None), "subfield": str})
     problems = []
     for row in rows:
         instruction = INSTRUCTION + (SEVERAL if row["is_multiple_answer"] else "")
@@ -53,10 +54,8 @@ def load_olympiads(n: int | None, seed: int) -> Benchmark:
 def load_file(path: Path, n: int | None, seed: int) -> Benchmark:
     """Problems of one's own: a JSONL of `id`, `problem`, `answer` and, if any, `level`."""
     problems = []
-    for row in read_rows(path, needed=("problem", "answer")):
+    for row in read_rows(path, {"problem": str, "answer": str, "level": (int, str, None)}):
         level = row.get("level")
-        if level is not None and not isinstance(level, int | str):
-            raise UserError(f"{path}: the level of {row['id']} is {level!r}; a number or text would do")
         problems.append(Problem(row["id"], row["problem"] + INSTRUCTION, row["answer"], level, str(level)))
     dataset = {"name": str(path), "revision": None, "sha256": sha256(path)}
     return Benchmark(path.stem, "mathematics", sample(problems, n, seed), dataset)
