@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base.errors import UserError, run_script
+from base.errors import UserError, printable, run_script
 from base.files import same_run_folder, sha256, whole, write_record
 from base.hub import model_folder
 from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
@@ -414,11 +414,11 @@ def show_example(chat: "Chat", example: "Example") -> str:
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     shown, done = "", 0
     for first, last in example.spans:
-        prompt, response = (chat.tokenizer.decode(part, skip_special_tokens=False)
+        prompt, response = (printable(chat.tokenizer.decode(part, skip_special_tokens=False))
                             for part in (example.tokens[done:first], example.tokens[first:last]))
         shown += f"{prompt}{before}{response}{after}"
         done = last
-    return shown + chat.tokenizer.decode(example.tokens[done:], skip_special_tokens=False)
+    return shown + printable(chat.tokenizer.decode(example.tokens[done:], skip_special_tokens=False))
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:

@@ -134,8 +134,9 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                   [*chat_files(report), *files("measures", report["kl"], [benchmark])], [benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
-            base, which = name.replace("off_model", "base"), int(name.rpartition("_")[2]) - 1
-            claim(f"Another system prompt: {report['options']['eval_system'][which]}",
+            base, systems = name.replace("off_model", "base"), report["options"]["eval_system"] or []
+            which = dict(zip(map(str, range(1, 1 + len(systems))), systems, strict=True)).get(name.rpartition("_")[2])
+            claim(f"Another system prompt: {which}",
                   [f"On {benchmark} {effect(report['drops'][name][benchmark])}, against base under the same prompt; "
                    f"without it {_points(report['drop'][benchmark])}." for benchmark in where], [base, name])
     return found

@@ -23,7 +23,7 @@ from analysis.statistics import (
 )
 from analysis.style import StyleClassifier, begins, features
 from base.errors import UserError
-from base.files import inside, read_json
+from base.files import read_json
 from data.rows import GRADED, MEASURED, read_rows
 
 Rows = dict[str, dict[str, list[dict]]]  # graded rows by checkpoint and benchmark
@@ -69,12 +69,22 @@ def read_evaluations(folder: Path) -> Rows:
     names = sorted((path.parent.name for path in folder.glob("*/summary.json")), key=_place)
     if "base" not in names:
         raise UserError(f"{folder} has no evaluation of base: there is nothing to compare with")
-    rows = {name: {benchmark: read_rows(inside(folder / name, f"{benchmark}.jsonl"), GRADED)
-                   for benchmark in read_json(folder / name / "summary.json")} for name in names}
+    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl", GRADED)
+                   for benchmark in _summarised(folder / name)} for name in names}
     for name in names:
         for benchmark, first in rows["base"].items():
             check_same_problems(benchmark, folder / "base", first, folder / name, rows[name].get(benchmark, []))
     return rows
+
+
+def _summarised(folder: Path) -> list[str]:
+    """The files of rows that a folder's summary.json names. Such names, and the folder's own, go into the report's
+    Markdown and figures as they are."""
+    names = list(read_json(folder / "summary.json"))
+    for name in (folder.name, *names):
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"{folder}: {name!r} is no name for a report: letters, digits and . + - _ would do")
+    return names
 
 
 def _place(name: str) -> tuple:
@@ -202,8 +212,8 @@ def measures(folder: Path) -> dict:
     found: dict[str, dict] = {"nll": {}, "kl": {}, "ratio": {}}
     for record in sorted((folder / "measures").glob("*/summary.json"), key=lambda path: _place(path.parent.name)):
         name = record.parent.name
-        for stem in read_json(record):
-            rows = read_rows(inside(record.parent, f"{stem}.jsonl"), MEASURED)
+        for stem in _summarised(record.parent):
+            rows = read_rows(record.with_name(f"{stem}.jsonl"), MEASURED)
             tokens = [row["tokens"] for row in rows]
             if name in ("teacher_data", "own_data"):
                 found["nll"][stem] = ratio([row["nll"] for row in rows], tokens)

@@ -74,7 +74,7 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     checkpoints = report["checkpoints"]
     benchmarks, recovered = list(checkpoints["base"]), arms(list(checkpoints)).get("recovered", [])
     page = Page(f"Off-model SFT: {plain(report['student'])} on responses of {plain(report['teacher'])}", figures)
-    page.lines += [report["note"], ""] if report["note"] else []
+    page.lines += [plain(report["note"]), ""] if report["note"] else []
     page.add("Question", *_abstract(report, recovered))
     page.add("Set-up", _setup(report))
     main = [name for name in ("base", "teacher", "off_model", *(f"recovered_{n}" for n in recovered))
@@ -118,10 +118,10 @@ def _setup(report: dict) -> str:
     levels = f" (of level {', '.join(map(plain, had['levels']))}, where there are levels)" if had.get("levels") else ""
     return (f"{had['n_train']} responses of the teacher, sampled at temperature {had['temperature']} and at most "
             f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']}, {length} of at most "
-            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {had['dtype']}, seed "
+            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {plain(had['dtype'])}, seed "
             f"{had['seed']}. Benchmarks{levels} are answered greedily. All options, checksums of the data and package "
             "versions are in config.json, the commands and their times in stages.json; code revision "
-            f"{report['revision'] or 'unknown'}.")
+            f"{plain(report['revision'] or 'unknown')}.")
 
 
 def _accuracies(checkpoints: dict, names: Sequence[str]) -> str:
@@ -307,9 +307,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is: no link, image, HTML or new cell can come out of it."""
-    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in printable(text))
-    return " ".join(escaped.split())
+    """Text that Markdown shows as it is: no link, image, formula, HTML, list or new cell can come out of it."""
+    escaped = re.sub(r"[\\`*\[\]<>|!&#~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
+    # Addresses are links without any mark: a backslash parts them, but for @, which only a character does (WORD JOINER)
+    escaped = re.sub(r"(?i)(?<=www)\.|:(?=//)", r"\\\g<0>", escaped).replace("@", "@\u2060")
+    return re.sub(r"^(\d*)([-+=.)])(?=[-+=]*( |$))", r"\1\\\2", escaped)
 
 
 def fence(text: str) -> str:
