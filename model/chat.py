@@ -193,8 +193,8 @@ def _find_template(folder: Path, settings: dict) -> str:
         return read_text(folder / "chat_template.jinja")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
     if not isinstance(template, str):
         raise UserError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json); "
                         "base models have none: take the instruct or chat version")

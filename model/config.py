@@ -57,8 +57,8 @@ def read_config(folder: Path) -> ModelConfig:
             raise UserError(f"{path} lacks the field {name}")
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{path}: the field {name} is {value!r}, which is not a valid value")
-        if kind is int and not 1 <= value < 2**31:
-            raise UserError(f"{path}: the field {name} is {value}, and must be from 1 to 2^31")
+        if kind is int and not 1 <= value < (1_000 if name == "num_hidden_layers" else 2**31):
+            raise UserError(f"{path}: the field {name} is {value}, and that is no model's")
         return value
 
     architectures = raw.get("architectures")
