@@ -48,7 +48,7 @@ def load(n: int | None, seed: int) -> Benchmark:
 
 def grade(rows: Sequence[dict]) -> list[Verdict]:
     """Check each row's instructions, in worker processes: a response can keep a regular expression busy for hours."""
-    golds = [read_gold(row["id"], row["gold"]) for row in rows]
+    golds = [read_gold(row.get("id", ""), row["gold"]) for row in rows]
     answers = judge(__name__, [(row["gold"], row["response"]) for row in rows])
     verdicts = []
     for gold, answer in zip(golds, answers, strict=True):

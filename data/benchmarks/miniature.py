@@ -60,7 +60,7 @@ def grade_format(rows: Sequence[dict]) -> list[Verdict]:
     """What stands behind the last "Answer" must do as the instruction says."""
     for row in rows:
         if row["gold"] not in miniature.INSTRUCTIONS:
-            raise UserError(f"{row['id']}: {row['gold'][:60]!r} is no instruction of the miniature's")
+            raise UserError(f"{row['gold'][:60]!r} is no instruction of the miniature's")
     return [Verdict(answer is not None and miniature.follows_format(row["gold"], answer), answer)
             for row, answer in zip(rows, map(_answer, rows), strict=True)]
 
