@@ -151,7 +151,7 @@ def _read_rope(path: Path, raw: dict) -> tuple[float, str, dict[str, float]]:
         default = raw.get("max_position_embeddings") if name == "original_max_position_embeddings" else None
         numbers[name] = settings.get(name, default)
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e38:
             raise UserError(f"{path}: rope type {kind!r} needs a positive number {name}, and it is {value!r}")
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         raise UserError(f"{path}: high_freq_factor must be above low_freq_factor")

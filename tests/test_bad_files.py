@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import struct
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +26,8 @@ CASES, QUICK = 320, 40
 MEMORY = 2 << 30  # bytes
 SECONDS = 10  # of processor time for one case: a guard against hanging, which none comes near
 HOSTILE = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, 1e308, -0.5, float("nan"), float("inf"), "", "x", "\x00",
+    None, True, -1, 0, 1, 3, 10**3, 2**20, 2**31 - 1, 2**31, 2**63, 10**30, 10**400, 1e308, -0.5, float("nan"),
+    float("inf"), "", "x", "\x00",
     "\x1b[31m\u202e", "\ud800", "x" * 100_000, "../../../etc/passwd", "/etc/passwd", "$\\frac$", "(", "2", [], {}, [[]],
     [None], ["default"], {"a": 1}, {"": None},
 ]
@@ -160,19 +160,20 @@ def index_of(rng: random.Random, data: bytes) -> bytes:
 
 
 Mutator = Callable[[random.Random, bytes], bytes]
-# What is copied, which of its files are damaged how, and the command that reads them; "{}" is the copy's folder
-MODEL = ("--model", "{}/model", "--prompts", "{}/prompts.jsonl", "--max-new-tokens", 4)
-GENERATE = ("generate", *MODEL, "--out", "{}/out.jsonl")
-TRAIN = ("train", "--model", "{}/model", "--data", "{}/rows.jsonl", "--rank", 2, "--steps", 3, "--batch-tokens", 64,
-         "--out", "{}/trained")
-MORE = ("train", "--model", "{}/model", "--data", "{}/rows.jsonl", "--adapter", "{}/adapter", "--steps", 1, "--out",
-        "{}/more")
-EVALUATE = ("evaluate", "--model", "{}/model", "--n", 3, "--max-new-tokens", 4, "--out", "{}/evaluated", "--benchmarks")
-MEASURE = ("measure", "--model", "{}/model", "--adapter", "{}/adapter", "--responses", "{}/rows.jsonl", "--out",
-           "{}/measured")
-REPORT, MATRIX = ("analysis.report", "{}/experiment"), ("analysis.matrix", "{}/matrix")
-RESCORE = ("evaluate", "--rescore", "{}/evals/base")
-COMPARE = ("analysis.compare", "{}/evals/base", "{}/evals/off_model")
+# What is copied, which of its files are damaged how, and the command that reads them, run in that folder
+MODEL = ("--model", "model", "--prompts", "prompts.jsonl", "--max-new-tokens", 4)
+GENERATE = ("generate", *MODEL, "--out", "out.jsonl")
+HALF = ("generate", *MODEL, "--out", "half.jsonl")
+TRAIN = ("train", "--model", "model", "--data", "rows.jsonl", "--rank", 2, "--steps", 3, "--batch-tokens", 64,
+         "--out", "trained")
+MORE = ("train", "--model", "model", "--data", "rows.jsonl", "--adapter", "adapter", "--steps", 1, "--out",
+        "more")
+EVALUATE = ("evaluate", "--model", "model", "--n", 3, "--max-new-tokens", 4, "--out", "evaluated", "--benchmarks")
+MEASURE = ("measure", "--model", "model", "--adapter", "adapter", "--responses", "rows.jsonl", "--out",
+           "measured")
+REPORT, MATRIX = ("analysis.report", "experiment"), ("analysis.matrix", "matrix")
+RESCORE = ("evaluate", "--rescore", "evals/base")
+COMPARE = ("analysis.compare", "evals/base", "evals/off_model")
 KINDS: list[tuple[str, Mutator, tuple[tuple, ...], int]] = [  # files, how, commands of which one is drawn, cases
     ("model/model.safetensors", safetensors_of, (GENERATE, TRAIN, (*EVALUATE, "recall")), 48),
     ("model/config.json", json_of, (GENERATE, TRAIN, (*TRAIN, "--dry-run")), 28),
@@ -181,20 +182,20 @@ KINDS: list[tuple[str, Mutator, tuple[tuple, ...], int]] = [  # files, how, comm
     ("model/tokenizer_config.json", json_of, (GENERATE,), 8),
     ("model/chat_template.jinja", template_of, (GENERATE, TRAIN), 28),
     ("sharded/model.safetensors.index.json", index_of,
-     (("generate", "--model", "{}/sharded", *MODEL[2:], "--out", "{}/out.jsonl"),), 14),
-    ("adapter/adapter_model.safetensors", safetensors_of, ((*GENERATE, "--adapter", "{}/adapter"), MORE, MEASURE), 18),
+     (("generate", "--model", "sharded", *MODEL[2:], "--out", "out.jsonl"),), 14),
+    ("adapter/adapter_model.safetensors", safetensors_of, ((*GENERATE, "--adapter", "adapter"), MORE, MEASURE), 18),
     ("adapter/adapter_config.json", json_of, (
-        (*GENERATE, "--adapter", "{}/adapter"), MORE,
-        ("model.lora", "--model", "{}/model", "--adapter", "{}/adapter", "--out", "{}/merged")), 14),
+        (*GENERATE, "--adapter", "adapter"), MORE,
+        ("model.lora", "--model", "model", "--adapter", "adapter", "--out", "merged")), 14),
     ("prompts.jsonl", lines_of, (GENERATE,), 12),
     ("rows.jsonl", lines_of, (TRAIN, MEASURE), 16),
-    ("problems.jsonl", lines_of, ((*EVALUATE, "{}/problems.jsonl"),), 8),
+    ("problems.jsonl", lines_of, ((*EVALUATE, "problems.jsonl"),), 8),
     ("alpaca.parquet", parquet_of, (("generate", *MODEL[:2], "--prompts", "alpaca", *MODEL[4:], "--n", 3, "--out",
-                                     "{}/out.jsonl"),), 10),
-    ("mmlu.parquet", parquet_of, ((*EVALUATE, "mmlu"),), 12),
+                                     "out.jsonl"),), 10),
+    ("mmlu.parquet", parquet_of, (("evaluate", "--model", "bytes", *EVALUATE[3:], "mmlu"),), 12),
     ("ifeval.jsonl", lines_of, ((*EVALUATE, "ifeval"),), 8),
-    ("half.partial.jsonl", lines_of, (("generate", *MODEL, "--out", "{}/half.jsonl"),), 6),
-    ("half.config.json", json_of, (("generate", *MODEL, "--out", "{}/half.jsonl"),), 4),
+    ("half.partial.jsonl", lines_of, (HALF,), 6),
+    ("half.config.json", json_of, (HALF,), 4),
     ("trained/config.json", json_of, (TRAIN,), 4),
     ("trained/metrics.partial.jsonl", lines_of, (TRAIN,), 6),
     ("trained/training_state.safetensors", safetensors_of, (TRAIN,), 12),
@@ -207,13 +208,14 @@ KINDS: list[tuple[str, Mutator, tuple[tuple, ...], int]] = [  # files, how, comm
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each: models, data, adapter, half a run of each kind, an experiment, a matrix."""
     from generate import main as generate
     from train import main as train
 
     folder = tmp_path_factory.mktemp("good")
     shutil.copytree(ROOT / "miniature" / "student", folder / "model")
+    shutil.copytree(tiny, folder / "bytes")
     shutil.copytree(folder / "model", folder / "sharded")
     (folder / "sharded" / "model.safetensors").unlink()
     tensors = load_file(folder / "model" / "model.safetensors")
@@ -234,24 +236,25 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
                       ("mmlu", {"question": "?", "subject": "logic", "choices": ["1", "2", "3", "4"], "answer": 2})):
         parquet.write_table(pyarrow.Table.from_pylist([row] * 3), folder / f"{name}.parquet")
 
-    def argv(command: tuple, *more: object) -> list[str]:
-        return [str(word).replace("{}", str(folder)) for word in (*command[1:], *more)]
-
-    train([*argv(TRAIN[:-1]), str(folder / "adapter")])
-    with pytest.MonkeyPatch.context() as patch:  # stopped when all but the last is done
-        patch.setattr(GrowingRows, "finish", stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train([*map(str, TRAIN[1:-1]), "adapter"])
+        patch.setattr(GrowingRows, "finish", stop)  # when all but the last is done
         with pytest.raises(KeyboardInterrupt):
-            generate(argv(("generate", *MODEL, "--out", "{}/half.jsonl")))
+            generate([str(word) for word in HALF[1:]])
         patch.setattr(lora, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(argv(TRAIN))
+            train([str(word) for word in TRAIN[1:]])
     experiment(folder, {"base": "++--", "off_model": "+---"})
     shutil.copytree(folder / "evals", folder / "experiment" / "evals")
     base = "+" * 30
     experiment(folder / "experiment", {
         "base": base, "teacher": base[1:] + "-", "off_model": "-" * 20 + base[20:], "recovered_8": "-" * 9 + base[9:],
         "recovered_16": base, "control_noise": base, "off_model_under_system_1": base, "base_under_system_1": base,
-    }, {"base": 0.1, "off_model": 0.5})
+    }, {"control_noise": 0.1, "off_model": 0.5})
+    record = read_json(folder / "experiment" / "config.json")
+    record["options"] |= {"eval_system": ["Be brief."], "openers": ["Okay", "Consider"]}
+    write_json(folder / "experiment" / "config.json", record)
     for name in ("base", "off_model"):
         summary = {"my": {"grader": "mathematics", "correct": 1}}
         write_json(folder / "evals" / name / "summary.json", summary)
@@ -270,28 +273,29 @@ class Hang(BaseException):
     """More than SECONDS of processor time."""
 
 
-def plan(seed: int = 0) -> list[tuple[int, str, Mutator, tuple]]:
+def plan(seed: int = 0) -> list[tuple[str, str, Mutator, tuple]]:
     """All cases, in an order in which the first QUICK have every kind of file."""
     rng = random.Random(seed)
     cases = [(files, mutate, rng.choice(commands), i) for files, mutate, commands, count in KINDS for i in range(count)]
     cases.sort(key=lambda case: (case[3] > 0, rng.random()))
-    return [(i, *case[:3]) for i, case in enumerate(cases)]
+    return [(f"{seed}/{i}", *case[:3]) for i, case in enumerate(cases)]
 
 
 def damage(good: Path, folder: Path, case: tuple) -> tuple[list[str], str]:
-    """A copy of what is good with one file damaged; the command to run, and what was done."""
+    """Put a copy of what is good, with one file damaged, into `folder`; the command to run, and that file."""
     number, pattern, mutate, command = case
     rng = random.Random(f"bad files {number}")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(good, folder)
-    if "{}/trained" in command and not pattern.startswith("trained"):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    if "trained" in command and not pattern.startswith("trained"):
         shutil.rmtree(folder / "trained")
     path = rng.choice(sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != "report.json"
                              or "report.json" in pattern))
     for report in (folder / "experiment").glob("report.*"):
         report.unlink()
     path.write_bytes(mutate(rng, path.read_bytes()))
-    return [str(word).replace("{}", str(folder)) for word in command], str(path)
+    return [str(word) for word in command], str(path)
 
 
 # What says that a stage is done
@@ -299,15 +303,15 @@ FINAL = ("out.jsonl", "half.jsonl", "trained/metrics.jsonl", "trained/adapter_mo
          "evaluated/summary.json", "measured/summary.json", "merged", "experiment/report.json", "matrix/matrix.json")
 
 
-def fault_of(code: object, stderr: str, folder: Path, command: list[str]) -> str | None:
+def fault_of(code: object, stderr: str, folder: Path, command: list[str], codes: tuple[int, ...]) -> str | None:
     """Why an ending is not as it should be."""
     final = [name for name in FINAL if (folder / name).exists()]
+    if code not in codes:
+        return f"exit code {code}: {stderr[-3000:]}"
     if code == 2:
         if not stderr.startswith("error: ") or stderr.count("\n") != 1 or not stderr.rstrip("\n").isprintable():
             return f"not one sentence: {stderr[:2000]!r}"
         return f"{final} left behind" if final else "out of memory" if "out of memory" in stderr else None
-    if code != 0:
-        return f"exit code {code}: {stderr[-3000:]}"
     for name in final:
         path = folder / name
         if path.suffix == ".jsonl":
@@ -318,30 +322,31 @@ def fault_of(code: object, stderr: str, folder: Path, command: list[str]) -> str
     return None if final or "--dry-run" in command or "evals" in command[-1] else "nothing was made"
 
 
-def run_cases(cases: list[tuple], good: Path, folder: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> dict:
+def run_cases(cases: list[tuple], good: Path, folder: Path, script: Script, monkeypatch: pytest.MonkeyPatch,
+              codes: tuple[int, ...] = (0, 2)) -> dict[int, int]:
     """Run them in this process; how many ended how. Faults are collected, so that one run shows all."""
     def hang(signum: int, frame: object) -> None:
         raise Hang
 
     data = {"tatsu-lab/alpaca": "alpaca.parquet", "cais/mmlu": "mmlu.parquet", "google/IFEval": "ifeval.jsonl"}
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("data.hub.dataset_file", lambda repo, name: (folder / data[repo], "0" * 40))
     handler = signal.signal(signal.SIGPROF, hang)
     faults, endings = [], {0: 0, 2: 0}
     for case in cases:
-        began = time.perf_counter()
         command, path = damage(good, folder, case)
         try:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             done = script(*command)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            fault = fault_of(done.returncode, done.stderr, folder, command)
+            fault = fault_of(done.returncode, done.stderr, folder, command, codes)
             endings[done.returncode] = endings.get(done.returncode, 0) + 1
         except BaseException as error:  # tokenizers' panics are no Exceptions
             signal.setitimer(signal.ITIMER_PROF, 0)
             if isinstance(error, KeyboardInterrupt):
                 raise
             fault = "".join(traceback.format_exception(error)[-4:])
-        print(f"{time.perf_counter() - began:.2f} {path} {command[:3]}", file=open("/tmp/w/badtmp/times", "a"))
         if fault:
             faults.append(f"case {case[0]}, {path}\n{' '.join(command)}\n{fault}")
     signal.signal(signal.SIGPROF, handler)
@@ -349,6 +354,12 @@ def run_cases(cases: list[tuple], good: Path, folder: Path, script: Script, monk
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 <= MEMORY
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= MEMORY
     return endings
+
+
+def test_good_files(good: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undamaged, each is right, so that it is the damage that is refused."""
+    cases = [("", files, lambda rng, data: data, command) for files, _, commands, _ in KINDS for command in commands]
+    assert run_cases(cases, good, tmp_path / "case", script, monkeypatch, (0,)) == {0: len(cases), 2: 0}
 
 
 def test_bad_files(good: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
