@@ -79,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
             before = {name: [states(model, batch) for _, batch in some] for name, some in parts.items()}
         if args.scramble is not None:
             lora.scramble(model, args.scramble)
-    summary = {}
+    summary, shape = {}, MEASURED | ({"base_nll": float, "kl": float} if args.adapter else {})
     for name, some in parts.items():
         bar = tqdm(total=sum(len(part) for part, _ in some), desc=f"{args.out.name}/{name}", unit="row", disable=None)
-        with GrowingRows(args.out / f"{name}.jsonl", MEASURED) as saved, bar as progress:
+        with GrowingRows(args.out / f"{name}.jsonl", shape) as saved, bar as progress:
             for i, (part, batch) in enumerate(some):
-                if part[-1].id not in saved.rows:  # all of a part or none: a row is the same in the same company
+                if not all(example.id in saved.rows for example in part):  # all of a part or none: a row is the same in the same company
                     for row in measure(model, part, batch, before and before[name][i]):
                         saved.append(row)
                 progress.update(len(part))

@@ -224,7 +224,7 @@ def measures(folder: Path) -> dict:
                 both = [row for row in rows if row["id"] in others]  # a response may be too long for one of the two
                 found["ratio"].setdefault(checkpoint, {})[stem] = ratio(
                     [row["nll"] - others[row["id"]] for row in both], [row["tokens"] for row in both])
-            elif "kl" in rows[0]:
+            elif all(row.get("kl") is not None for row in rows):
                 found["kl"].setdefault(name, {})[stem] = ratio([row["kl"] for row in rows], tokens)
     return found
 

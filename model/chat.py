@@ -138,6 +138,8 @@ class Chat:
             tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             raise UserError(f"the text {text[:60]!r} has a lone surrogate, which is no character") from error
+        except Exception as error:  # a bare one: for a word that is unknown where no token stands for such
+            raise UserError(f"the tokenizer of {self.folder} fails on {text[:60]!r}: {error}") from error
         if max(tokens, default=0) >= self.vocab_size:
             raise UserError(f"the tokenizer of {self.folder} gives token {max(tokens)}, and the model has "
                             f"{self.vocab_size}: its added tokens were never trained; take a matching tokenizer")

@@ -35,12 +35,12 @@ def render(source: str, today: str | None, variables: dict) -> tuple[str | None,
 
     `strftime_now` is there only with `today` (YYYY-MM-DD), and gives that.
     """
-    return _render(json.dumps((source, today, variables)))
+    return _render(source, today, json.dumps(variables))
 
 
-@lru_cache(maxsize=10_000)  # a benchmark's prompts come again with the next checkpoint
-def _render(item: str) -> tuple[str | None, str]:
-    return tuple(_worker().ask(json.loads(item)) or (
+@lru_cache(maxsize=4_096)  # a benchmark's prompts come again with the next checkpoint
+def _render(source: str, today: str | None, variables: str) -> tuple[str | None, str]:
+    return tuple(_worker().ask((source, today, json.loads(variables))) or (
         None, f"it takes more than {SECONDS:g} seconds or {MEMORY >> 30} GiB"))
 
 

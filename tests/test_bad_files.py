@@ -1,18 +1,21 @@
 """300 damaged or hostile files, seeded: each is refused in one sentence, or what comes of it is right."""
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import ROOT, Script
+from conftest import ONE_THREAD, ROOT, Script
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from test_findings import experiment
@@ -366,6 +369,22 @@ def test_bad_files(good: Path, tmp_path: Path, script: Script, monkeypatch: pyte
     """One of each kind, and some more."""
     endings = run_cases(plan()[:QUICK], good, tmp_path / "case", script, monkeypatch)
     assert endings[2] >= QUICK // 2, endings
+
+
+@pytest.mark.slow
+def test_bad_files_as_processes(good: Path, tmp_path: Path) -> None:
+    """A sample of them as a user meets them: a process with limits of memory and of processor time."""
+    cases = [case for case in plan() if not case[1].endswith(("parquet", "ifeval.jsonl"))][::25]  # from the hub
+    faults = []
+    for case in cases:
+        command, path = damage(good, tmp_path, case)
+        script = ("-m", command[0]) if "." in command[0] else (str(ROOT / f"{command[0]}.py"),)
+        limited = ("bash", "-c", f'ulimit -d {MEMORY >> 10} -t {SECONDS} && exec "$@"', "-", sys.executable, *script)
+        done = subprocess.run([*limited, *command[1:]], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}, timeout=600)
+        if fault := fault_of(done.returncode, done.stderr, tmp_path, command, (0, 2)):
+            faults.append(f"{path}: {' '.join(command)}\n{fault}")
+    assert not faults, "\n\n".join(faults)
 
 
 @pytest.mark.slow

@@ -473,6 +473,8 @@ DAMAGE = {
     "no weights": ("model.safetensors", Path.unlink, "model.safetensors"),
     "no tokenizer": ("tokenizer.json", Path.unlink, "tokenizer.json"),
     "broken tokenizer": ("tokenizer.json", lambda p: p.write_text('{"version": "1.0"}'), "not a tokenizer"),
+    "no token for unknown words": ("tokenizer.json", lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<none>"}})), "fails on"),
     "no template": ("chat_template.jinja", Path.unlink, "chat template"),
 }
 
