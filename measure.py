@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         bar = tqdm(total=sum(len(part) for part, _ in some), desc=f"{args.out.name}/{name}", unit="row", disable=None)
         with GrowingRows(args.out / f"{name}.jsonl", shape) as saved, bar as progress:
             for i, (part, batch) in enumerate(some):
-                if not all(example.id in saved.rows for example in part):  # all of a part or none: a row is the same in the same company
+                # all of a part or none: a row is the same in the same company
+                if not all(example.id in saved.rows for example in part):
                     for row in measure(model, part, batch, before and before[name][i]):
                         saved.append(row)
                 progress.update(len(part))
