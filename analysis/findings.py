@@ -81,6 +81,8 @@ def _summarised(folder: Path) -> list[str]:
     """The files of rows that a folder's summary.json names. Such names, and the folder's own, go into the report's
     Markdown and figures as they are."""
     names = list(read_json(folder / "summary.json"))
+    if not names:
+        raise UserError(f"{folder / 'summary.json'} names no rows")
     for name in (folder.name, *names):
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"{folder}: {name!r} is no name for a report: letters, digits and . + - _ would do")

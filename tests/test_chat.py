@@ -199,10 +199,11 @@ def test_a_template_has_limits(tmp_path: Path) -> None:
     doubled = "{% set n = namespace(s='a') %}{% for i in range(COUNT) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
     for hostile, message in (
             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
-            ("{{ 10 ** 10 ** 9 }}", "takes more than"), ("{{ 'a' * 10**10 }}", "takes more than"),
+            ("{{ 10 ** (10 ** 9) }}", "takes more than"), ("{{ 'a' * 10**10 }}", "takes more than"),
             ("{{ 'a' | center(10**10) }}", "takes more than"), (doubled.replace("COUNT", "40"), "takes more than"),
             (doubled.replace("COUNT", "25"), "it writes 33554432 characters"), ("{{ range(10**9) | list }}", "too big"),
-            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"), ("{% if 1 %}" * 999, "not valid Jinja"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{% if 1 %}" * 999, "recursion"), ("{% for", "not valid Jinja"),
             ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os }}", "unsafe"),
             ("{{ messages | attr('__class__') | string | length + messages.append(1) }}", "unsafe")):
         write_tokenizer(tmp_path, CHATML + hostile)
