@@ -201,7 +201,7 @@ def test_a_template_has_limits(tmp_path: Path) -> None:
             ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
             ("{{ 10 ** (10 ** 9) }}", "takes more than"), ("{{ 'a' * 10**10 }}", "takes more than"),
             ("{{ 'a' | center(10**10) }}", "takes more than"), (doubled.replace("COUNT", "40"), "takes more than"),
-            (doubled.replace("COUNT", "25"), "it writes 33554432 characters"), ("{{ range(10**9) | list }}", "too big"),
+            (doubled.replace("COUNT", "25"), "it writes 3355.... characters"), ("{{ range(10**9) | list }}", "too big"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
             ("{% if 1 %}" * 999, "recursion"), ("{% for", "not valid Jinja"),
             ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os }}", "unsafe"),

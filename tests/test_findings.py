@@ -229,7 +229,7 @@ def test_no_name_forges_a_part_of_the_page(tmp_path: Path) -> None:
         text = page.read_text()
         assert "evil" in text
         for line in text.splitlines():
-            assert not re.search(r"www\.|(?<!\\)(<img|!\[x|\]\(http)|://|@evil|(?<!\\)\$|^- \\?www|^# H|^\| a",
+            assert not re.search(r"www\.|(?<!\\)(<img|!\[x|\]\(http)|(?<!\\)://|@evil|(?<!\\)\$|^- \\?www|^# H|^\| a",
                                  line), line
     assert report["options"]["eval_system"] == [hostile]
     (folder / "evals" / "base").rename(folder / "evals" / "base_`![x](y)`")
