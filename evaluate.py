@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base.errors import UserError, run_script
-from base.files import alone, read_json, same_run_folder, write_json, write_record
+from base.files import alone, inside, read_json, same_run_folder, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
 from data.benchmarks import load_benchmarks, load_grader
 from data.benchmarks.problem import Benchmark
-from data.rows import GrowingRows, read_rows, write_rows
+from data.rows import GRADED, RESCORED, SAMPLED, GrowingRows, read_rows, write_rows
 from generate import (
     LESS_MEMORY,
     OPENER,
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         path = args.out / f"{benchmark.name}.jsonl"
         if path.exists():
-            rows = read_rows(path)
+            rows = read_rows(path, GRADED)
         else:
             rows = answer(benchmark, sampler, chat, prompts[benchmark.name], encoded[benchmark.name], path,
                           openers[benchmark.name])
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 def answer(benchmark: Benchmark, sampler: "Sampler", chat: "Chat", prompts: list[dict],
            encoded: dict[str, list[int]], path: Path, opener: str) -> list[dict]:
     """The model's graded responses (C3), also written to `path`; what an earlier run left of them is kept."""
-    with GrowingRows(path) as rows:
+    with GrowingRows(path, SAMPLED) as rows:
         if benchmark.choices:
             pick(benchmark, sampler, chat, prompts, encoded, rows)
         else:
@@ -175,12 +175,10 @@ def rescore(folder: Path) -> None:
 
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
-    summary = read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json", {str: {"grader": str, "correct": int}})
     for name, entry in summary.items():
-        path = folder / f"{name}.jsonl"
-        if not isinstance(entry, dict) or "grader" not in entry or "correct" not in entry:
-            raise UserError(f"{folder / 'summary.json'} has no grader for {name}; evaluate again")
-        rows = grade(read_rows(path, needed=("response", "gold", "finish_reason")), entry["grader"])
+        path = inside(folder, f"{name}.jsonl")
+        rows = grade(read_rows(path, RESCORED), entry["grader"])
         write_rows(path, rows)
         summary[name] = entry | summarise(rows)
         changed = "" if summary[name]["correct"] == entry["correct"] else f" (was {entry['correct']} correct)"

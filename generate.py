@@ -17,7 +17,7 @@ from base.files import alone, same_run, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, natural, number, positive_int, resolve_device, seed, temperature
 from data.prompts import load_prompts
-from data.rows import GrowingRows
+from data.rows import RESPONSE, GrowingRows
 
 PROMPTS = "alpaca, mini (the miniature's), or a JSONL file with id, prompt and, if any, system"
 LESS_MEMORY = "a lower --slots or --kv-memory"
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     if same_run(record, options) and args.out.exists():
         print(f"{args.out}: done already")
         return
-    rows = GrowingRows(args.out)
+    rows = GrowingRows(args.out, RESPONSE)
     for path in (args.out, rows.partial):
         if path.exists() and not record.exists():
             raise UserError(f"{path} is there already and was not written by this command; choose another --out")

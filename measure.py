@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from base.errors import UserError, run_script
 from base.files import alone, same_run_folder, sha256, write_json, write_record
 from base.options import Parser, device_options, positive_int, seed
-from data.rows import GrowingRows, read_rows
+from data.rows import ANSWERED, MEASURED, GrowingRows, read_rows
 from generate import check_adapter, load_model, model_identity, model_options
 from train import as_messages, encode_rows
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     files = {path.stem: path for path in args.responses}
     if len(files) < len(args.responses) or files.keys() & {"config", "summary"}:
         raise UserError("--responses are told apart by their files' names, of which two are the same or one is taken")
-    rows = {name: read_rows(path, needed=("prompt", "response"))[: args.n] for name, path in files.items()}
+    rows = {name: read_rows(path, ANSWERED)[: args.n] for name, path in files.items()}
     options = {"responses": {name: sha256(path) for name, path in files.items()}, "n": args.n,
                "scramble": args.scramble, **model_identity(args)}
     record = args.out / "config.json"
@@ -86,12 +86,13 @@ def run(args: argparse.Namespace) -> None:
                       for name, some in parts.items()}
         if args.scramble is not None:
             lora.scramble(model, args.scramble)
-    summary = {}
+    summary, shape = {}, MEASURED | ({"base_nll": float, "kl": float} if args.adapter else {})
     for name, some in parts.items():
         bar = tqdm(total=sum(len(part) for part, _ in some), desc=f"{args.out.name}/{name}", unit="row", disable=None)
-        with GrowingRows(args.out / f"{name}.jsonl") as saved, bar as progress:
+        with GrowingRows(args.out / f"{name}.jsonl", shape) as saved, bar as progress:
             for i, (part, batch) in enumerate(some):
-                if part[-1].id not in saved.rows:  # all of a part or none: a row is the same in the same company
+                # all of a part or none: a row is the same in the same company
+                if not all(example.id in saved.rows for example in part):
                     for row in measure(model, part, batch, before and before[name][i]):
                         saved.append(row)
                 progress.update(len(part))

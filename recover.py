@@ -41,17 +41,19 @@ import generate
 import measure
 import train
 from base.errors import UserError, run_script
-from base.files import alone, read_json, read_text, same_run_folder, sha256, write_json, write_record
+from base.files import alone, inside, read_json, read_text, same_run_folder, sha256, write_json, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
 from data.benchmarks import load_benchmarks
 from data.prompts import load_prompts
-from data.rows import read_rows
+from data.rows import RESPONSE, read_rows
 
 # Passed on as they are; number of epochs and batch differ between SFT and recovery
 TRAINING = ("optimizer", "schedule", "warmup", "clip", "weight_decay", "prompt_loss_weight", "seed",
             "micro_batch_tokens", "checkpoint_activations", "save_every")
 MODEL = ("device", "dtype", "template_options", "today")
+STAGES = {str: {"seconds": float, "done": bool, "command": [str]}}  # stages.json, and config.json as far as cells
+RECORD = {"code_sha256": str, "versions": dict, "options": {"prompts_sha256": str, "benchmarks": dict}}  # compare it
 CELLS = "*--*/config.json"  # of a matrix: a folder a pair
 NOISES = 3  # seeds of the noise
 SCALES = (0.25, 0.5, 0.75, 1.25)  # of the off-model adapter; 0 is base, 1 is off_model
@@ -268,7 +270,7 @@ class Pair:
     def __init__(self, args: argparse.Namespace, student: str, teacher: str, out: Path, sampled: list[str]) -> None:
         """`sampled`: names of the benchmarks that are answered in words, not with a choice."""
         self.args, self.student, self.teacher, self.out, self.sampled = args, student, teacher, out, sampled
-        self.stages = read_json(out / "stages.json") if (out / "stages.json").exists() else {}
+        self.stages = read_json(out / "stages.json", STAGES) if (out / "stages.json").exists() else {}
         self.forced = args.openers or args.style_systems
         self.sampling = as_arguments(args, ("max_new_tokens", "slots", "kv_memory", "seed"))
         # a response that the student's context can't hold is left out, and listed
@@ -336,13 +338,13 @@ class Pair:
 def matching_temperature(pair: Pair, likelihood: Path) -> float:
     """The temperature at which the student's own responses are as unlikely as the teacher's (nats per token under the
     student), by bisection; where there is none from 0 to HOTTEST, the end that is nearer."""
-    target = read_json(likelihood / "summary.json")["teacher"]["nll_per_token"]
+    target = read_json(likelihood / "summary.json", {"teacher": {"nll_per_token": float}})["teacher"]["nll_per_token"]
     low, high, misses = 0.0, HOTTEST, {}
     for _ in range(TRIALS):
         middle = (low + high) / 2
         trial = pair.respond(f"controls/trials/{middle}.jsonl", pair.student, 0,
                              min(pair.args.n_train, pair.args.measure_n), "--temperature", middle)
-        rows = read_rows(trial)
+        rows = read_rows(trial, RESPONSE)
         nll = -sum(row["logprob"] for row in rows) / sum(row["response_tokens"] for row in rows)
         misses[middle] = abs(nll - target)
         low, high = (middle, high) if nll < target else (low, middle)
@@ -361,13 +363,13 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
     """
     if (out / place).exists():
         return False
-    ours = read_json(out / "config.json")
+    ours = read_json(out / "config.json", RECORD)
     for record in sorted(out.parent.glob("*--*/stages.json")):
-        theirs = read_json(record.with_name("config.json"))
+        theirs = read_json(record.with_name("config.json"), RECORD)
         if any(theirs[name] != ours[name] for name in ("code_sha256", "versions")) or _inputs(theirs) != _inputs(ours):
             continue
-        for other, stage in read_json(record).items():
-            made = record.parent / other
+        for other, stage in read_json(record, STAGES).items():
+            made = inside(record.parent, other)
             if stage["command"] != command or not stage["done"] or not made.exists():
                 continue
             (out / place).parent.mkdir(parents=True, exist_ok=True)
@@ -375,8 +377,8 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
             for source in (made,) if made.is_dir() else (made.with_suffix(".config.json"), made):
                 part = out / f".{source.name}.part"
                 shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-                if made.is_dir():
-                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))  # not the lock of a process there
+                if made.is_dir():  # all but the lock of a process there
+                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
                 else:
                     shutil.copyfile(source, part)
                 part.replace((out / place).with_name(source.name))

@@ -14,17 +14,18 @@ import argparse
 import contextlib
 import hashlib
 import math
+import re
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base.errors import UserError, run_script
+from base.errors import UserError, printable, run_script
 from base.files import alone, same_run_folder, sha256, whole, write_record
 from base.hub import model_folder
 from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
-from data.rows import GrowingRows, read_rows
+from data.rows import ANSWERED, GrowingRows, read_rows
 from generate import model_identity
 from model.config import PROJECTIONS
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 LESS_MEMORY = "a lower --micro-batch-tokens, or --checkpoint-activations,"
 STATE = "training_state.safetensors"
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+METRICS = {"step": int, "loss": float, "seconds": float}
 NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS}  # alpha: twice the rank
 
 
@@ -144,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, step by step."""
     rows = [row | {"messages": as_messages(row, args.data)}
-            for row in read_rows(args.data, needed=("prompt", "response"), instead="messages")]
+            for row in read_rows(args.data, ANSWERED, instead="messages")]
     end = args.skip + (args.n or 1)
     if end > len(rows):
         raise UserError(f"{args.data} has {len(rows)} rows, and {end} are asked for; lower --n or --skip")
@@ -256,8 +259,10 @@ def run(args: argparse.Namespace) -> None:
     write_record(record, options, facts)
     start = load_state(args.out / STATE, parameters, optimizers)
     before = shown = validation_loss() if validation and start == 0 else None
-    with (GrowingRows(args.out / "metrics.jsonl", key="step") as metrics,
+    with (GrowingRows(args.out / "metrics.jsonl", METRICS, key="step") as metrics,
           tqdm(total=len(plan), initial=start, desc=args.out.name, unit="step", disable=None) as progress):
+        if not metrics.rows.keys() >= set(range(1, start + 1)):
+            raise UserError(f"{metrics.partial} lacks steps that {STATE} has behind it; delete both to begin again")
         for step in range(start, len(plan)):
             began = time.perf_counter()
             torch.manual_seed(step_seed(args.seed, step))  # dropout: the same when the run is taken up here
@@ -407,11 +412,11 @@ def show_example(chat: "Chat", example: "Example") -> str:
     before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     shown, done = "", 0
     for first, last in example.spans:
-        prompt, response = (chat.tokenizer.decode(part, skip_special_tokens=False)
+        prompt, response = (printable(chat.tokenizer.decode(part, skip_special_tokens=False))
                             for part in (example.tokens[done:first], example.tokens[first:last]))
         shown += f"{prompt}{before}{response}{after}"
         done = last
-    return shown + chat.tokenizer.decode(example.tokens[done:], skip_special_tokens=False)
+    return shown + printable(chat.tokenizer.decode(example.tokens[done:], skip_special_tokens=False))
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
@@ -454,6 +459,7 @@ def save_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
 def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimizers: list["torch.optim.Optimizer"]
                ) -> int:
     """Take up a saved state; returns the steps that are done, 0 where there is none."""
+    import torch
     from safetensors import safe_open
 
     from model.weights import read_tensors
@@ -463,6 +469,13 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
     tensors = read_tensors(path)
     owner = {parameter: optimizer for optimizer in optimizers
              for group in optimizer.param_groups for parameter in group["params"]}
+    with safe_open(path, framework="pt") as file:
+        step = (file.metadata() or {}).get("step", "")
+    wanted = {f"{name}:{kind}": () if kind == "step" else parameter.shape for name, parameter in parameters.items()
+              for kind in ("value", *MOMENTS[type(owner[parameter]).__name__])}
+    if not re.fullmatch(r"[1-9]\d{0,8}", step) or {
+            key: tensor.shape for key, tensor in tensors.items() if tensor.dtype == torch.float32} != wanted:
+        raise UserError(f"{path} is not the state of this training; delete the folder to begin again")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"{name}:value"])
     for key, tensor in tensors.items():
@@ -471,8 +484,7 @@ def load_state(path: Path, parameters: dict[str, "torch.nn.Parameter"], optimize
         if moment != "value":  # AdamW's count of steps stays on the CPU, where the optimiser reads it
             place = tensor.device if moment == "step" else parameter.device
             owner[parameter].state[parameter][moment] = tensor.to(place, copy=True)
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
+    return int(step)
 
 
 if __name__ == "__main__":

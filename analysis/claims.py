@@ -118,8 +118,9 @@ def claims(report: dict, rows: Rows) -> list[dict]:
                   measured=[*chat_files(report), *files("measures", report["kl"], [benchmark])], on=[benchmark])
     for name in rows:
         if name.startswith("off_model_under_system"):
-            system = report["options"]["eval_system"][int(name.rpartition("_")[2]) - 1]
-            claim(f"Another system prompt: {system}", [name.replace("off_model", "base"), name],
+            systems = report["options"]["eval_system"] or []
+            which = dict(zip(map(str, range(1, 1 + len(systems))), systems, strict=True)).get(name.rpartition("_")[2])
+            claim(f"Another system prompt: {which}", [name.replace("off_model", "base"), name],
                   lambda benchmark, name=name: (
                       f"On {benchmark} {effect(drops[name][benchmark])}, against base under the same prompt; without "
                       f"it {_points(report['drop'][benchmark])}."))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from analysis.statistics import compare_rows
 from base.errors import UserError, run_script
-from base.files import read_json
+from base.files import inside, read_json
 from base.options import Parser
-from data.rows import read_rows
+from data.rows import GRADED, read_rows
 
 # Of an evaluation's config.json: what has to be the same for its rows to be comparable. The models may differ.
 CONDITIONS = ("template_sha256", "template_options", "today", "system", "opener", "temperature", "top_p", "top_k",
@@ -37,7 +37,7 @@ def compare(before: Path, after: Path, although: tuple[str, ...] = ()) -> dict[s
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
     found = {}
     for name in names[0]:
-        rows, others = (read_rows(folder / f"{name}.jsonl", ITEM) for folder in (before, after))
+        rows, others = (read_rows(inside(folder, f"{name}.jsonl"), GRADED) for folder in (before, after))
         check_same_problems(name, before, rows, after, others)
         found[name] = compare_rows(rows, others)
     return found
@@ -57,8 +57,8 @@ def check_same_problems(benchmark: str, first: Path, rows: list[dict], second: P
 def _conditions(folder: Path) -> dict:
     if not (folder / "summary.json").exists():
         raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
-    record = read_json(folder / "config.json")
-    found = record.get("options", {}) | {"template_sha256": record.get("template_sha256")}
+    record = read_json(folder / "config.json", {"options": dict})
+    found = record["options"] | {"template_sha256": record.get("template_sha256")}
     greedy = not found.get("temperature")
     return found | dict.fromkeys(("seed", "top_p", "top_k")) if greedy else found  # greedily, they decide nothing
 

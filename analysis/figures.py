@@ -201,7 +201,7 @@ def draw_distance(report: dict) -> "Figure":
         for name, of in report["kl"].items():
             if stem not in of or of[stem]["mean"] <= 0:
                 continue
-            kind = next(kind for kind in ("off_model", "recovered", "scaled", "control") if name.startswith(kind))
+            kind = next((kind for kind in COLOURS if name.startswith(kind)), "teacher")
             place = (of[stem]["mean"], 100 * report["checkpoints"][name][benchmark]["accuracy"])
             axes.plot(*place, "o", color=colour(name), markersize=6,
                       label=kind.replace("_", " ") if kind not in shown else None)

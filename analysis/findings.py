@@ -24,7 +24,7 @@ from analysis.statistics import (
 from analysis.style import StyleClassifier, begins, features
 from base.errors import UserError
 from base.files import read_json
-from data.rows import read_rows
+from data.rows import GRADED, MEASURED, read_rows
 
 Rows = dict[str, dict[str, list[dict]]]  # graded rows by checkpoint and benchmark
 # In this order, by the beginning of their names; numbers in names count as numbers
@@ -32,6 +32,12 @@ ORDER = ("base", "teacher", "off_model_step", "off_model", "recovered", "scaled"
          "base_under", "off_model_under", "control")
 CURVE = re.compile(r"(recovered(?:_in_\d+_steps)?(?:_seed_\d+)?)_(\d+)")  # an arm of the recovery, and N
 FORCED = ("base_in_teacher_style", "off_model_in_student_style")
+# Of an experiment's config.json: what the report says of it
+OPTIONS = {"n_train": int, "max_new_tokens": int, "rank": int, "lr": float, "epochs": int, "steps": (int, None),
+           "batch_tokens": int, "seed": int, "temperature": float, "eval_system": ([str], None),
+           "levels": ([str], None), "dtype": str}
+RECORD = {"options": {**OPTIONS, "student": str, "teacher": str, "openers": ([str] * 2, None)}, "note": (str, None),
+          "git_revision": (str, None)}
 LEAST_SOLVED = 20  # problems, below which their quarters say nothing
 LEAST_PATH = 6  # checkpoints, below which a correlation says nothing
 
@@ -40,13 +46,12 @@ def find(folder: Path) -> tuple[dict, Rows]:
     """All figures of the experiment in `folder`, as report.json holds them (contract C5), and its graded rows."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no experiment: it has no config.json")
-    record = read_json(folder / "config.json")
-    options = record.get("options", {})
+    record = read_json(folder / "config.json", RECORD)
+    options = record["options"]
     rows = read_evaluations(folder / "evals")
-    stages = read_json(folder / "stages.json") if (folder / "stages.json").exists() else {}
-    report = {"student": options.get("student"), "teacher": options.get("teacher"), "note": record.get("note", ""),
-              "options": {name: options.get(name) for name in ("n_train", "max_new_tokens", "rank", "lr", "epochs",
-                          "steps", "batch_tokens", "seed", "temperature", "eval_system", "levels", "dtype")},
+    stages = read_json(folder / "stages.json", {str: {"seconds": float}}) if (folder / "stages.json").exists() else {}
+    report = {"student": options["student"], "teacher": options["teacher"], "note": record.get("note") or "",
+              "options": {name: options.get(name) for name in OPTIONS},
               "revision": record.get("git_revision"),
               "checkpoints": {name: {benchmark: summarise(graded) for benchmark, graded in of.items()}
                               for name, of in rows.items()}}
@@ -64,8 +69,8 @@ def read_evaluations(folder: Path) -> Rows:
     names = sorted((path.parent.name for path in folder.glob("*/summary.json")), key=_place)
     if "base" not in names:
         raise UserError(f"{folder} has no evaluation of base: there is nothing to compare with")
-    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl")
-                   for benchmark in read_json(folder / name / "summary.json")} for name in names}
+    rows = {name: {benchmark: read_rows(folder / name / f"{benchmark}.jsonl", GRADED)
+                   for benchmark in _summarised(folder / name)} for name in names}
     for name in names:
         for benchmark, first in rows["base"].items():
             check_same_problems(benchmark, folder / "base", first, folder / name, rows[name].get(benchmark, []))
@@ -75,6 +80,18 @@ def read_evaluations(folder: Path) -> Rows:
 def kind_of(name: str, kinds: Iterable[str]) -> str:
     """The longest of `kinds` that a checkpoint's name begins with, or nothing."""
     return max((kind for kind in kinds if name.startswith(kind)), key=len, default="")
+
+
+def _summarised(folder: Path) -> list[str]:
+    """The files of rows that a folder's summary.json names. Such names, and the folder's own, go into the report's
+    Markdown and figures as they are."""
+    names = list(read_json(folder / "summary.json"))
+    if not names:
+        raise UserError(f"{folder / 'summary.json'} names no rows")
+    for name in (folder.name, *names):
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"{folder}: {name!r} is no name for a report: letters, digits and . + - _ would do")
+    return names
 
 
 def _place(name: str) -> tuple:
@@ -175,7 +192,7 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     worded = [benchmark for benchmark, graded in rows["base"].items() if in_words(graded)]
     chats = {"student": [folder / "native.jsonl", folder / "controls" / "native.jsonl"],
              "teacher": [folder / "teacher.jsonl"]}
-    texts = {role: {str(path.relative_to(folder)): [row["response"] for row in read_rows(path)]
+    texts = {role: {str(path.relative_to(folder)): [row["response"] for row in read_rows(path, {"response": str})]
                     for path in paths if path.exists()} for role, paths in chats.items()}
     classifier = StyleClassifier.fit(*(sum(texts[role].values(), []) for role in ("student", "teacher")))
     found: dict = {"held_out": classifier.accuracy if classifier else None,
@@ -202,19 +219,19 @@ def measures(folder: Path) -> dict:
     found: dict[str, dict] = {"nll": {}, "kl": {}, "ratio": {}}
     for record in sorted((folder / "measures").glob("*/summary.json"), key=lambda path: _place(path.parent.name)):
         name = record.parent.name
-        for stem in read_json(record):
-            rows = read_rows(record.with_name(f"{stem}.jsonl"))
+        for stem in _summarised(record.parent):
+            rows = read_rows(record.with_name(f"{stem}.jsonl"), MEASURED)
             tokens = [row["tokens"] for row in rows]
             if name in ("teacher_data", "own_data"):
                 found["nll"][stem] = ratio([row["nll"] for row in rows], tokens)
             elif name.endswith("_under_teacher"):
                 checkpoint = name.removesuffix("_under_teacher")
                 others = {row["id"]: row["nll"] for row in read_rows(
-                    folder / "measures" / f"{checkpoint}_under_student" / f"{stem}.jsonl")}
+                    folder / "measures" / f"{checkpoint}_under_student" / f"{stem}.jsonl", MEASURED)}
                 both = [row for row in rows if row["id"] in others]  # a response may be too long for one of the two
                 found["ratio"].setdefault(checkpoint, {})[stem] = ratio(
                     [row["nll"] - others[row["id"]] for row in both], [row["tokens"] for row in both])
-            elif "kl" in rows[0]:
+            elif all(row.get("kl") is not None for row in rows):
                 found["kl"].setdefault(name, {})[stem] = ratio([row["kl"] for row in rows], tokens)
     return found
 

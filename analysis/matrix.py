@@ -8,23 +8,31 @@ matrix.md, matrix.json and matrix.png.
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from analysis.claims import interval
 from analysis.figures import INK, new_figure
 from analysis.report import plain, table
 from base.errors import UserError, run_script
-from base.files import alone, read_json, whole, write_json, write_text
+from base.files import alone, misfit, read_json, whole, write_json, write_text
 from base.options import Parser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHAPE = {"student": str, "teacher": str, "checkpoints": dict,  # what is read of a report.json
+         "drop": {str: {"points": float, "ci95": [float] * 2, "p": float}}}
+
 
 def write_matrix(folder: Path) -> dict[str, dict]:
     """The drop of every cell, {cell: {benchmark: points, ci95, p}}; writes matrix.json, matrix.md and matrix.png."""
-    reports = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/report.json"))}
+    reports = {path.parent.name: read_json(path, SHAPE) for path in sorted(folder.glob("*/report.json"))}
     if not reports:
         raise UserError(f"{folder} has no cell that is done: no folder with a report.json")
+    for cell, report in reports.items():
+        for name in ("base", "off_model") if report["drop"] else ():
+            if fault := misfit(report["checkpoints"].get(name), dict.fromkeys(report["drop"], {"accuracy": float})):
+                raise UserError(f"{folder / cell / 'report.json'}: of {name} the field {fault}")
     drops = {cell: report["drop"] for cell, report in reports.items()}
     benchmarks = list(dict.fromkeys(name for drop in drops.values() for name in drop))
     body = [[report["student"], report["teacher"],
@@ -37,7 +45,7 @@ def write_matrix(folder: Path) -> dict[str, dict]:
         "Points lost by SFT on the teacher's responses, with 95 % bootstrap intervals over problems; behind it base's "
         "accuracy and the off-model student's, in %. An interval that covers 0 is no evidence of a loss.", "",
         table(["student", "teacher", *benchmarks], body), "", "![drops](matrix.png)", "",
-        *(f"- [{plain(cell)}]({cell}/report.md)" for cell in reports), ""]))
+        *(f"- [{plain(cell)}]({quote(cell)}/report.md)" for cell in reports), ""]))
     write_json(folder / "matrix.json", drops)
     return drops
 
@@ -65,9 +73,10 @@ def draw_matrix(reports: dict[str, dict], benchmarks: list[str]) -> "Figure":
                 dark = abs(drop["points"]) > 0.6 * largest
                 axes.text(x, y, f"{drop['points']:.1f}", ha="center", va="center", fontsize=9,
                           color="white" if dark else INK, fontweight="bold" if clear else "normal")
-    axes.set_xticks(range(len(benchmarks)), benchmarks)
-    axes.set_yticks(range(len(reports)), [f"{Path(report['student']).name} ← {Path(report['teacher']).name}"
-                                         for report in reports.values()], fontsize=8)
+    axes.set_xticks(range(len(benchmarks)), [name.replace("$", r"\$") for name in benchmarks])
+    names = [" ← ".join(Path(report[role]).name.replace("$", r"\$") for role in ("student", "teacher"))  # no formulas
+             for report in reports.values()]
+    axes.set_yticks(range(len(reports)), names, fontsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
     figure.colorbar(shown, ax=axes, label="points lost")

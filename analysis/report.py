@@ -15,7 +15,7 @@ from analysis.claims import chat_files, claims, effect, files, spread
 from analysis.figures import draw_all, main_benchmark
 from analysis.findings import Rows, arms, find, kind_of, lost_benchmarks
 from analysis.style import FEATURES
-from base.errors import run_script
+from base.errors import printable, run_script
 from base.files import alone, write_json, write_text
 from base.options import Parser
 
@@ -73,7 +73,7 @@ def to_markdown(report: dict, rows: Rows, figures: Sequence[str] = ()) -> str:
     checkpoints = report["checkpoints"]
     benchmarks, recovered = list(checkpoints["base"]), arms(list(checkpoints)).get("recovered", [])
     page = Page(f"Off-model SFT: {plain(report['student'])} on responses of {plain(report['teacher'])}", figures)
-    page.lines += [report["note"], ""] if report["note"] else []
+    page.lines += [plain(report["note"]), ""] if report["note"] else []
     page.add("Question", *_abstract(report, recovered))
     page.add("Set-up", _setup(report))
     main = [name for name in ("base", "teacher", "off_model", *(f"recovered_{n}" for n in recovered))
@@ -119,10 +119,10 @@ def _setup(report: dict) -> str:
     levels = f" (of level {', '.join(map(plain, had['levels']))}, where there are levels)" if had.get("levels") else ""
     return (f"{had['n_train']} responses of the teacher, sampled at temperature {had['temperature']} and at most "
             f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']}, {length} of at most "
-            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {had['dtype']}, seed "
+            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {plain(had['dtype'])}, seed "
             f"{had['seed']}. Benchmarks{levels} are answered greedily. All options, checksums of the data and package "
             "versions are in config.json, the commands and their times in stages.json; code revision "
-            f"{report['revision'] or 'unknown'}.")
+            f"{plain(report['revision'] or 'unknown')}.")
 
 
 def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
@@ -302,20 +302,17 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is: no link, image, HTML or new cell can come out of it."""
-    escaped = "".join(f"\\{c}" if c in "\\`*[]<>|!&#" else c for c in _printable(text))
-    return " ".join(escaped.split())
+    """Text that Markdown shows as it is: no link, image, formula, HTML, list or new cell can come out of it."""
+    escaped = re.sub(r"[\\`*\[\]<>|!&#~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(printable(text).split()))
+    # Addresses are links without any mark: a backslash parts them, but for @, which only a character does (WORD JOINER)
+    escaped = re.sub(r"(?i)(?<=www)\.|:(?=//)", r"\\\g<0>", escaped).replace("@", "@\u2060")
+    return re.sub(r"^(\d*)([-+=.)])(?=[-+=]*( |$))", r"\1\\\2", escaped)
 
 
 def fence(text: str) -> str:
     """Text as a block of code that it can't end: the fence is longer than any run of backticks in it."""
     ticks = "`" * (1 + max([2, *map(len, re.findall(r"`+", text))]))
-    return f"{ticks}text\n{_printable(text)}\n{ticks}"
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return f"{ticks}text\n{printable(text)}\n{ticks}"
 
 
 def _accuracies(checkpoints: dict) -> list[list[str]]:

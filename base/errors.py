@@ -56,5 +56,10 @@ def _terminate(signum: int, frame: object) -> None:
 
 def _say(sentence: str, code: int) -> int:
     """Print one line on stderr, without the line breaks of a library's message in it; returns `code`."""
-    print(" ".join(sentence.split()), file=sys.stderr)
+    print(printable(" ".join(sentence.split())), file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """Without what a terminal or a browser would obey: escapes, overrides of direction, odd line ends."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -8,7 +8,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,8 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "jinja2", "math-verif
             "langdetect", "scikit-learn", "pyarrow")
 CODE = Path(__file__).resolve().parent.parent
 ROOMS = ("analysis", "base", "data", "model")
+KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list",
+         dict: "an object", type(None): "null", range: "a whole number in its range"}
 
 
 @contextmanager
@@ -115,15 +117,68 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`; anything else is a `UserError`."""
+def read_json(path: Path, shape: dict | None = None) -> dict:
+    """The JSON object in `path`, of this `shape` (`misfit`); anything else is a `UserError`."""
+    return parse_object(read_text(path), str(path), shape)
+
+
+def parse_object(text: str, where: str, shape: dict | None = None) -> dict:
+    """A JSON object of this `shape` (`misfit`); `where` names it in the UserError if it is not one."""
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of over 4,300 digits
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON and no character
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UserError(f"{where} is not valid JSON: {error.msg} at {place}column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has a lone surrogate (\\ud800 to \\udfff), which is no character") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of over 4,300 digits
+        raise UserError(f"{where} can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is needed")
+        raise UserError(f"{where} holds a JSON {type(value).__name__}, where an object is needed")
+    if fault := misfit(value, shape or {}):
+        raise UserError(f"{where}: the field {fault}")
     return value
+
+
+def misfit(value: object, shape: object, name: str = "") -> str | None:
+    """What of a JSON value has not the shape, in words ("level is not text"); None if all of it has.
+
+    A shape is a type (float takes whole numbers too; NaN, infinity and what 64 bits can't hold are no numbers), None,
+    a range, a tuple of shapes of which one will do, a list of a shape for all items (or of one for each), or a dict:
+    {"field": shape} is an object with these fields among others, {str: shape} one with any names.
+    """
+    if isinstance(shape, tuple):
+        faults = [misfit(value, one, name) for one in shape]
+        return None if None in faults else faults[0]
+    kind = shape if isinstance(shape, type) else type(shape)
+    if kind in (int, float, range):
+        fine = type(value) in ((int, float) if kind is float else (int,)) and -(2**63) < value < 2**63
+        fine = fine and (kind is not range or value in shape)
+    else:
+        fine = type(value) is kind
+    if not fine:
+        return f"{name} is not {KINDS[kind]}"
+    parts: Iterable[tuple] = ()
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(shape) != len(value):
+            return f"{name} has not {len(shape)} items"
+        parts = [(str(i), item, shape[i % len(shape)]) for i, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        shape = dict.fromkeys(value, shape[str]) if str in shape else shape
+        parts = [(key, value.get(key), one) for key, one in shape.items()]
+    for key, part, one in parts:
+        if fault := misfit(part, one, f"{name}.{key}" if name else key):
+            return fault if isinstance(shape, list) or key in value else f"{name}{'.' if name else ''}{key} is missing"
+    return None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder / name; a UserError where the name, which a file has given, leads out of the folder."""
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute() or "\0" in name:
+        raise UserError(f"{folder}: a file names {name!r}, which is no place in that folder")
+    return folder / name
 
 
 def sha256(path: Path) -> str:

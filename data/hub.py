@@ -1,28 +1,26 @@
 """Files of data sets, as lists of plain dicts, with what identifies them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import read_text, sha256
+from base.files import misfit, parse_object, read_text, sha256
 from base.hub import dataset_file
-from data.rows import parse_row
 
 
-def read_dataset(repo: str, filename: str, columns: Sequence[str]) -> tuple[list[dict], dict]:
+def read_dataset(repo: str, filename: str, columns: dict) -> tuple[list[dict], dict]:
     """Rows of a JSONL or parquet file of a hub data set, and its name, file, revision and SHA-256.
 
-    A UserError where it is damaged, empty, or lacks one of the `columns` that the caller reads.
+    A UserError where it is damaged or empty, or a row lacks one of the `columns` (a shape, base/files.py).
     """
     path, revision = dataset_file(repo, filename)
     if path.suffix == ".parquet":
         rows = read_parquet(path)
     else:
         lines = read_text(path).split("\n")
-        rows = [parse_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
-    missing = [name for name in columns if not rows or any(name not in row for row in rows)]
-    if missing:
-        raise UserError(f"{path} has no rows or lacks the column {missing[0]}; delete it, and it is fetched again")
+        rows = [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
+    fault = next(filter(None, (misfit(row, columns) for row in rows)), None) if rows else "of any row is missing"
+    if fault:
+        raise UserError(f"{path}: the column {fault}; delete the file, and it is fetched again")
     return rows, {"name": repo, "file": filename, "revision": revision, "sha256": sha256(path)}
 
 

@@ -6,7 +6,7 @@ from base.errors import UserError
 from base.files import sha256
 from data import miniature
 from data.hub import read_dataset
-from data.rows import read_rows
+from data.rows import PROMPT, read_rows
 
 ALPACA = ("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet")
 
@@ -20,19 +20,17 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
         rows = [{"id": f"mini/{i}", "prompt": prompt, "system": None} for i, prompt in enumerate(miniature.prompts())]
         dataset = miniature.provenance("prompts", rows)
     elif source == "alpaca":
-        raw, dataset = read_dataset(*ALPACA, columns=("instruction", "input"))
+        raw, dataset = read_dataset(*ALPACA, columns={"instruction": str, "input": str})
         rows = [{"id": f"alpaca/{i}", "prompt": alpaca_prompt(row), "system": None} for i, row in enumerate(raw)]
     elif Path(source).exists():
         rows = [{"id": row["id"], "prompt": row["prompt"], "system": row.get("system")}
-                for row in read_rows(Path(source), needed=("prompt",))]
+                for row in read_rows(Path(source), PROMPT)]
         dataset = {"name": source, "sha256": sha256(Path(source))}
     else:
         raise UserError(f"--prompts {source} is neither 'alpaca', 'mini' nor a file")
     for row in rows:
         if not row["prompt"].strip():
             raise UserError(f"{source}: the prompt of {row['id']} is empty")
-        if row["system"] is not None and not isinstance(row["system"], str):
-            raise UserError(f"{source}: the field system of {row['id']} is not text")
     end = len(rows) if n is None else skip + n
     if end > len(rows) or skip >= len(rows):
         raise UserError(f"{source} has {len(rows)} prompts, and {end} are asked for; lower --n (or --n-train, --skip)")

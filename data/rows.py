@@ -4,18 +4,29 @@ Lines are split on "\\n" alone: responses contain U+2028, form feeds and other c
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from base.errors import UserError
-from base.files import read_text, write_text
+from base.files import misfit, parse_object, read_text, write_text
+
+# What is read of rows (shapes, base/files.py): of prompts, of data to train on, of what was sampled, graded, measured
+PROMPT = {"prompt": str, "system": (str, None)}
+ANSWERED = {**PROMPT, "response": str}
+SAMPLED = {"response": str, "finish_reason": str}
+RESPONSE = {**ANSWERED, **SAMPLED, "response_tokens": range(1, 2**63), "logprob": float}
+RESCORED = {**SAMPLED, "gold": str, "level": (int, str, None), "subject": (str, None), "category": (str, None),
+            "unit": (str, None), "tolerance": (str, None)}
+GRADED = {**RESCORED, "prompt": str, "correct": bool, "extracted": (str, None), "note": (str, None),
+          "strict": ([bool], None), "loose": ([bool], None)}
+MEASURED = {"tokens": range(1, 2**63), "nll": float, "base_nll": (float, None), "kl": (float, None)}
 
 
-def read_rows(path: Path, needed: Sequence[str] = (), instead: str | None = None) -> list[dict]:
-    """The rows of a JSONL file, each an object with an id of its own and the `needed` fields as text, or with the
-    field `instead`.
+def read_rows(path: Path, needed: dict | None = None, instead: str | None = None) -> list[dict]:
+    """The rows of a JSONL file, each an object with an id of its own and the `needed` fields (a shape, base/files.py),
+    or with the field `instead`.
 
     Whatever is wrong is a UserError that names the line. Whole-number ids are taken as text.
     """
@@ -25,13 +36,12 @@ def read_rows(path: Path, needed: Sequence[str] = (), instead: str | None = None
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        row = parse_row(line, f"{path}, line {number}")
+        row = parse_object(line, f"{path}, line {number}")
         if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
             row["id"] = str(row["id"])
-        for field in ("id", *(() if row.get(instead) is not None else needed)):
-            if not isinstance(row.get(field), str):
-                fault = "not text" if field in row else "missing"
-                raise UserError(f"{path}, line {number}: the field {field} is {fault}")
+        shape = {"id": str, **({} if needed is None or row.get(instead) is not None else needed)}
+        if fault := misfit(row, shape):
+            raise UserError(f"{path}, line {number}: the field {fault}")
         if row["id"] in lines_of:
             raise UserError(f"{path}, line {number}: the id {row['id']!r} is that of line {lines_of[row['id']]} too")
         lines_of[row["id"]] = number
@@ -39,22 +49,6 @@ def read_rows(path: Path, needed: Sequence[str] = (), instead: str | None = None
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
-
-
-def parse_row(line: str, where: str) -> dict:
-    """One line's object; `where` names it in the UserError if it is not one."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # "\ud800" is valid JSON and no character
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has a lone surrogate (\\ud800 to \\udfff), which is no character") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{where} can't be read as JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is a JSON {type(row).__name__}, where an object is needed")
-    return row
 
 
 def format_row(row: dict) -> str:
@@ -73,9 +67,9 @@ class GrowingRows:
     What an interrupted run left is taken up again, but for a last line that a kill cut short.
     """
 
-    def __init__(self, path: Path, key: str = "id") -> None:
-        """`key` is the field that tells rows apart."""
-        self.path, self.key = path, key
+    def __init__(self, path: Path, shape: dict | None = None, key: str = "id") -> None:
+        """`shape` (base/files.py) is what rows have; `key` the field that tells them apart."""
+        self.path, self.key, self.shape = path, key, {key: str} | (shape or {})
         self.partial = path.with_name(f"{path.stem}.partial.jsonl")
         self.rows: dict[object, dict] = {}
 
@@ -84,10 +78,8 @@ class GrowingRows:
         if left:
             whole_lines = left.read_bytes().rpartition(b"\n")[0]
             for number, line in enumerate(filter(None, whole_lines.split(b"\n")), 1):
-                where = f"{left}, line {number}"
-                row = parse_row(line.decode(errors="replace"), where)
-                if self.key not in row:
-                    raise UserError(f"{where} lacks the field {self.key}; delete the file to start again")
+                where = f"{left} (delete it to start again), line {number}"
+                row = parse_object(line.decode(errors="replace"), where, self.shape)
                 self.rows[row[self.key]] = row
             write_rows(self.partial, self.rows.values())
         try:

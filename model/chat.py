@@ -1,20 +1,16 @@
 """Chats as token ids: a model's own tokenizer and chat template, and which tokens of a response are trained on."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from base.errors import UserError
 from base.files import read_json, read_text
+from model import template
 from model.config import ModelConfig
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,24 +34,11 @@ class Conversation:
         return self.spans[-1][1]
 
 
-class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %}, with which some templates mark what the assistant said: here, its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """Drop the tags, keep what is between them."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class Chat:
     """Tokenizer and chat template of a model folder.
 
-    The environment is the one that transformers' `apply_chat_template` gives to templates (whitespace control, loop
-    controls, `tojson`, `raise_exception`), sandboxed, since templates come from strangers. `strftime_now` is there
-    only when `today` is given, and gives that: a prompt that says another date tomorrow could not be repeated.
-    (Without it Llama 3's templates fall back on a fixed date.)
+    The template (model/template.py) gets a date only when `today` is given: a prompt that says another date tomorrow
+    could not be repeated. (Without it Llama 3's templates fall back on a fixed date.)
     """
 
     def __init__(self, folder: Path, config: ModelConfig, options: dict | None = None,
@@ -78,8 +61,8 @@ class Chat:
         if (folder / "special_tokens_map.json").exists():
             settings = read_json(folder / "special_tokens_map.json") | settings
         self.special = {name: _content(settings[name]) for name in SPECIAL_TOKENS if settings.get(name) is not None}
-        source = _find_template(folder, settings)
-        self.template, self.template_sha256 = self._compile(source), hashlib.sha256(source.encode()).hexdigest()
+        self.template = _find_template(folder, settings)
+        self.template_sha256 = hashlib.sha256(self.template.encode()).hexdigest()
         self.closing = self._closing()
         self.stop_ids = frozenset(config.eos_ids) | self._end_of_turn_ids(config)
         # What follows the end-of-turn token (often a newline) is the template's, and not supervised. A special token
@@ -152,6 +135,8 @@ class Chat:
             tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
             raise UserError(f"the text {text[:60]!r} has a lone surrogate, which is no character") from error
+        except Exception as error:  # a bare one: for a word that is unknown where no token stands for such
+            raise UserError(f"the tokenizer of {self.folder} fails on {text[:60]!r}: {error}") from error
         if max(tokens, default=0) >= self.vocab_size:
             raise UserError(f"the tokenizer of {self.folder} gives token {max(tokens)}, and the model has "
                             f"{self.vocab_size}: its added tokens were never trained; take a matching tokenizer")
@@ -170,25 +155,13 @@ class Chat:
         messages += [*earlier, {"role": "user", "content": user}]
         if response is not None:
             messages.append({"role": "assistant", "content": response})
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=response is None, tools=None,
-                                        documents=None, **self.special, **self.options)
-        except Exception as error:  # a template is a program of a stranger's: it may raise anything
-            hint = "; it asks for the date: give --today" if "strftime_now" in str(error) else ""
-            raise UserError(f"the chat template of {self.folder} fails on this chat: {error}{hint}") from error
-
-    def _compile(self, source: str) -> jinja2.Template:
-        """Compile the template in transformers' environment, sandboxed."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[GenerationBlock, jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        if self.today is not None:
-            environment.globals["strftime_now"] = datetime.fromisoformat(self.today).strftime
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template of {self.folder} is not valid Jinja: {error}") from error
+        text, fault = template.render(self.template, self.today, {
+            **self.special, **self.options, "messages": messages, "add_generation_prompt": response is None,
+            "tools": None, "documents": None})
+        if fault:
+            hint = "; it asks for the date: give --today" if "strftime_now" in fault else ""
+            raise UserError(f"the chat template of {self.folder} fails on this chat: {fault}{hint}")
+        return text
 
     def _closing(self) -> str:
         """What the template puts after a response."""
@@ -208,15 +181,6 @@ class Chat:
         return frozenset(ends[:1])
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **layout: object) -> str:
-    """The tojson filter of chat templates; Jinja's own escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-
 def _content(token: str | dict) -> str:
     """A special token as text; tokenizer_config.json has it as such or as an object."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
@@ -228,8 +192,8 @@ def _find_template(folder: Path, settings: dict) -> str:
         return read_text(folder / "chat_template.jinja")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = next((entry.get("template") for entry in template
+                         if isinstance(entry, dict) and entry.get("name") == "default"), None)
     if not isinstance(template, str):
         raise UserError(f"{folder} has no chat template (chat_template.jinja, or in tokenizer_config.json); "
                         "base models have none: take the instruct or chat version")

@@ -57,8 +57,8 @@ def read_config(folder: Path) -> ModelConfig:
             raise UserError(f"{path} lacks the field {name}")
         if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise UserError(f"{path}: the field {name} is {value!r}, which is not a valid value")
-        if kind is int and not 1 <= value < 2**31:
-            raise UserError(f"{path}: the field {name} is {value}, and must be from 1 to 2^31")
+        if kind is int and not 1 <= value < (1_000 if name == "num_hidden_layers" else 2**31):
+            raise UserError(f"{path}: the field {name} is {value}, and that is no model's")
         return value
 
     architectures = raw.get("architectures")
@@ -151,7 +151,7 @@ def _read_rope(path: Path, raw: dict) -> tuple[float, str, dict[str, float]]:
         default = raw.get("max_position_embeddings") if name == "original_max_position_embeddings" else None
         numbers[name] = settings.get(name, default)
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e38:
             raise UserError(f"{path}: rope type {kind!r} needs a positive number {name}, and it is {value!r}")
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         raise UserError(f"{path}: high_freq_factor must be above low_freq_factor")

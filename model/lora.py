@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from base.errors import UserError, run_script
-from base.files import alone, read_json, whole, write_json
+from base.files import alone, misfit, read_json, whole, write_json
 from base.hub import model_folder
 from base.options import DTYPES, Parser, number
 from model import weights
@@ -239,9 +239,9 @@ def read_adapter_config(path: Path) -> tuple[LoRAConfig, bool]:
     for name, neutral in NEUTRAL.items():
         if raw.get(name, neutral[0]) not in neutral:
             raise UserError(f"{path}: {name} is {raw[name]!r}; supported is {neutral[0]!r}")
-    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    numbers = isinstance(alpha, int | float) and isinstance(dropout, int | float)
-    if not (isinstance(rank, int) and rank >= 1 and numbers and math.isfinite(alpha) and 0 <= dropout < 1):
+    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout") or 0.0
+    fault = misfit(raw, {"r": range(1, 2**31), "lora_alpha": float, "lora_dropout": (float, None)})
+    if fault or not 0 <= dropout < 1:
         raise UserError(f"{path}: r must be a positive whole number, lora_alpha finite and lora_dropout from 0 to 1")
     return LoRAConfig(rank, alpha, dropout), bool(raw.get("use_rslora"))
 
@@ -257,7 +257,7 @@ def _place(model: Decoder, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Merge an adapter into a model and save it."""
     parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="hub name or folder of the base model")
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--adapter-scale", type=number(float), default=1.0, help="multiplies the adapter's effect")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the saved weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be empty or new")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"{args.out} holds other files; choose another --out")
     with alone(args.out.with_name(f"{args.out.name}.lock")):

@@ -9,8 +9,8 @@ from conftest import QWEN, SMOLLM2
 
 from analysis.statistics import summarise
 from base.errors import UserError
-from data.benchmarks import load_benchmark, mathematics, mmlu
-from data.benchmarks.grading import MEMORY, judge
+from base.grading import MEMORY, judge
+from data.benchmarks import ifeval, load_benchmark, mathematics, mmlu
 from data.benchmarks.problem import Problem, sample
 
 
@@ -41,7 +41,7 @@ def test_equal_answers() -> None:
         (r"\text{Evelyn}", "Evelyn"): True, ("10", r"10^\circ"): True, ("p - q", "q - p"): False,
         ("1,000", "1000"): True, ("5", ""): False,
     }
-    assert dict(zip(pairs, judge("mathematics", list(pairs)), strict=True)) == pairs
+    assert dict(zip(pairs, judge(mathematics.__name__, list(pairs)), strict=True)) == pairs
 
 
 HOSTILE = [  # each is wrong, whatever the reference
@@ -74,12 +74,12 @@ def test_a_worker_that_was_filled_up_does_not_fail_the_next_answer() -> None:
     """sympy keeps what it has seen: without replacing workers, the last pair came out as not equal."""
     greedy = [("7", f"2^{{10^{{{n}}}}}") for n in (7, 8, 9)] + [("7", r"(10^{5})!")] * 2
     pairs = [*greedy, ("(x+1)^{12}", "(x^2+2x+1)^6"), ("0.5", r"\frac{1}{2}")]
-    assert judge("mathematics", pairs, workers=1)[-2:] == [True, True]
+    assert judge(mathematics.__name__, pairs, workers=1)[-2:] == [True, True]
 
 
 def test_a_mistake_of_ours_is_no_verdict() -> None:
     """A check that raises, and a module that can't be imported, end the evaluation; they make no response wrong."""
-    for module, item in (("ifeval", ('[["punctuation:no_such", {}]]', "a")), ("no_such_module", ("a",))):
+    for module, item in ((ifeval.__name__, ('[["punctuation:no_such", {}]]', "a")), ("no_such_module", ("a",))):
         with pytest.raises(AssertionError, match="a grading process ended"):
             judge(module, [item, item])
 
@@ -161,7 +161,7 @@ def test_references_are_graded_correct_and_other_problems_answers_are_not(name: 
     """Each reference in another form equals itself; the reference of another problem is right only if it is equal."""
     problems = load_benchmark(name, None, 0).problems
     # asked directly, since `grade` does not ask about an answer that is the reference word for word
-    same = judge("mathematics", [(problem.gold, problem.gold) for problem in problems])
+    same = judge(mathematics.__name__, [(problem.gold, problem.gold) for problem in problems])
     assert [problem.id for problem, equal in zip(problems, same, strict=True) if not equal] == []
     others = [problems[(i + 7) % len(problems)].gold for i in range(len(problems))]
     rows = [{"response": f"\\boxed{{{other}}}", "gold": problem.gold, **problem.fields}

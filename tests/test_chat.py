@@ -193,6 +193,27 @@ def test_hostile_or_broken_template_is_refused(template: str, tmp_path: Path) ->
         Chat(tmp_path, read_config(tmp_path)).turn("q", "a")
 
 
+def test_a_template_has_limits(tmp_path: Path) -> None:
+    """Of time, of memory, of what it writes; and the next template is none the worse for it."""
+    build_model(tmp_path)
+    doubled = "{% set n = namespace(s='a') %}{% for i in range(COUNT) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
+    for hostile, message in (
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+            ("{{ 10 ** (10 ** 9) }}", "takes more than"), ("{{ 'a' * 10**10 }}", "takes more than"),
+            ("{{ 'a' | center(10**10) }}", "takes more than"), (doubled.replace("COUNT", "40"), "takes more than"),
+            (doubled.replace("COUNT", "25"), "it writes 3355.... characters"), ("{{ range(10**9) | list }}", "too big"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{% if 1 %}" * 999, "recursion"), ("{% for", "not valid Jinja"),
+            ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os }}", "unsafe"),
+            ("{{ messages | attr('__class__') | string | length + messages.append(1) }}", "unsafe")):
+        write_tokenizer(tmp_path, CHATML + hostile)
+        with pytest.raises(UserError, match="the chat template of .* fails on this chat: .*" + message) as refused:
+            Chat(tmp_path, read_config(tmp_path))
+        assert len(str(refused.value)) < 2_000
+        write_tokenizer(tmp_path)
+        assert Chat(tmp_path, read_config(tmp_path)).render("hi").startswith("<|im_start|>user\nhi<|im_end|>")
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", [SMOLLM2, QWEN])
 def test_real_templates_equal_transformers(name: str) -> None:

@@ -13,10 +13,11 @@ from conftest import ROOT, Script, build_model
 from analysis.claims import braces, claims, effect
 from analysis.compare import compare
 from analysis.findings import find
+from analysis.matrix import write_matrix
 from analysis.report import fence, plain, write_report
 from analysis.style import StyleClassifier, begins, features
 from base.errors import UserError
-from base.files import write_json
+from base.files import read_json, write_json
 from data.rows import read_rows, write_rows
 from recover import same_tokenizer
 
@@ -209,6 +210,32 @@ def test_a_response_forges_nothing(tmp_path: Path) -> None:
         assert forged not in outside, forged
     assert "\x1b" not in (folder / "report.md").read_text() and "\u202e" not in (folder / "report.md").read_text()
     assert fence(HOSTILE).startswith("`````text") and plain("a|b\n[c](d)") == "a\\|b \\[c\\](d)"
+
+
+def test_no_name_forges_a_part_of_the_page(tmp_path: Path) -> None:
+    """Names of models, system prompts, openings, a folder's note: all are text. A checkpoint's name is refused."""
+    verdicts = "+" * 30
+    folder = experiment(tmp_path / "a" / "x](http:evil) <b>", {
+        "base": verdicts, "off_model": "-" * 20 + verdicts[20:], "base_under_system_1": verdicts,
+        "off_model_under_system_1": verdicts, "off_model_under_system_x": verdicts})
+    hostile = "- www.evil.com ![x](http://evil/x.png) <img src=x> "
+    hostile += "$\\href{x}{y}$ a@evil.com\n# H\n| a | b |\n|---|---|\n"
+    record = read_json(folder / "config.json")
+    record["options"] |= {"student": hostile, "teacher": f"$\\frac{hostile}", "eval_system": [hostile]}
+    write_json(folder / "config.json", record | {"note": hostile, "git_revision": hostile})
+    report = write_report(folder)
+    write_matrix(tmp_path / "a")
+    for page in (folder / "report.md", tmp_path / "a" / "matrix.md"):
+        text = page.read_text()
+        assert "evil" in text
+        for line in text.splitlines():
+            assert not re.search(r"www\.|(?<!\\)(<img|!\[x|\]\(http)|(?<!\\)://|@evil|(?<!\\)\$|^- \\?www|^# H|^\| a",
+                                 line), line
+    assert report["options"]["eval_system"] == [hostile]
+    (folder / "evals" / "base").rename(folder / "evals" / "base_`![x](y)`")
+    evaluation(folder / "evals" / "base", verdicts)
+    with pytest.raises(UserError, match="is no name for a report"):
+        write_report(folder)
 
 
 def test_style_classifier_and_features() -> None:

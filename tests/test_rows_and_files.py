@@ -9,7 +9,7 @@ import pytest
 from conftest import run_process
 
 from base.errors import UserError
-from base.files import alone, read_json, same_run, same_run_folder, whole, write_record, write_text
+from base.files import alone, inside, misfit, read_json, same_run, same_run_folder, whole, write_record, write_text
 from base.hub import fingerprint, revision
 from data.prompts import load_prompts
 from data.rows import GrowingRows, read_rows, write_rows
@@ -140,6 +140,27 @@ def test_fingerprint_notices_other_weights_and_not_another_record(tiny: Path, tm
     before = fingerprint(adapter)
     (adapter / "config.json").write_text('{"seconds": 5}')  # the training run's record
     assert fingerprint(adapter) == before
+
+
+def test_a_name_in_a_file_stays_in_its_folder(tmp_path: Path) -> None:
+    assert inside(tmp_path, "evals/base") == tmp_path / "evals/base"
+    for name in ("../x", "/etc/passwd", "a/../../x", "", ".", "a\0b"):
+        with pytest.raises(UserError, match="no place in that folder"):
+            inside(tmp_path, name)
+
+
+def test_shapes_in_words() -> None:
+    shape = {"a": [float] * 2, "b": {str: (str, None)}, "n": range(1, 9), "o": (int, None)}
+    good = {"a": [1, 0.5], "b": {"x": None, "y": "z"}, "n": 8, "more": 1}
+    assert misfit(good, shape) is None
+    for changes, fault in (({"a": [1]}, "a has not 2 items"), ({"a": [1, float("nan")]}, "a.1 is not a number"),
+                           ({"a": [1, True]}, "a.1 is not a number"), ({"a": None}, "a is not a list"),
+                           ({"b": {"x": 1}}, "b.x is not text"), ({"n": 9}, "n is not a whole number in its range"),
+                           ({"n": 1.0}, "n is not a whole number in its range"),
+                           ({"o": "1"}, "o is not a whole number"),
+                           ({"o": 2**63}, "o is not a whole number"), ({"a": [10**400, 1]}, "a.0 is not a number")):
+        assert misfit(good | changes, shape) == fault
+    assert misfit({key: good[key] for key in "ab"}, shape) == "n is missing"
 
 
 def test_prompts_of_ones_own(tmp_path: Path) -> None:

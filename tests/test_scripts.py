@@ -18,8 +18,8 @@ from conftest import ONE_THREAD, ROOT, Finished, Script, build_model, run_proces
 
 import recover
 import train
+from base.grading import judge
 from data.benchmarks import mathematics
-from data.benchmarks.grading import judge
 from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.chat import Chat
@@ -527,6 +527,8 @@ DAMAGE = {
     "no weights": ("model.safetensors", Path.unlink, "model.safetensors"),
     "no tokenizer": ("tokenizer.json", Path.unlink, "tokenizer.json"),
     "broken tokenizer": ("tokenizer.json", lambda p: p.write_text('{"version": "1.0"}'), "not a tokenizer"),
+    "no token for unknown words": ("tokenizer.json", lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<none>"}})), "fails on"),
     "no template": ("chat_template.jinja", Path.unlink, "chat template"),
 }
 

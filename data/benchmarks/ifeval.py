@@ -14,8 +14,12 @@ the authors' code puts a random letter in their place.
 import json
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
+from itertools import zip_longest
 
-from data.benchmarks.grading import judge
+from base.errors import UserError
+from base.files import misfit
+from base.grading import judge
 from data.benchmarks.problem import Benchmark, Problem, Verdict, sample
 from data.hub import read_dataset
 
@@ -24,29 +28,57 @@ EXAMPLE = (json.dumps([("length_constraints:number_sentences", {"num_sentences":
                        ("change_case:capital_word_frequency", {"capital_frequency": 1, "capital_relation": "at least"}),
                        ("language:response_language", {"language": "en"})]), "The sun ROSE. It was a bright morning.")
 
+RELATIONS = ("less than", "at least")
+KINDS = {int: range(2**63), str: str, Sequence[str]: [str]}  # of arguments: what they are in JSON
+PATTERNS = {"keywords", "keyword", "forbidden_words", "section_spliter", "postscript_marker"}
+
 
 def load(n: int | None, seed: int) -> Benchmark:
     """The prompts, or a sample of them; the gold is a JSON list of (type, arguments)."""
     rows, dataset = read_dataset("google/IFEval", "ifeval_input_data.jsonl",
-                                 columns=("key", "prompt", "instruction_id_list", "kwargs"))
+                                 columns={"key": (int, str), "prompt": str, "instruction_id_list": [str],
+                                          "kwargs": [dict]})
     problems = []
     for row in rows:
-        instructions = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
+        instructions = list(zip_longest(row["instruction_id_list"], row["kwargs"]))
         problems.append(Problem(str(row["key"]), row["prompt"], json.dumps(instructions)))
+        read_gold(problems[-1].id, problems[-1].gold)
     return Benchmark("ifeval", "instructions", sample(problems, n, seed), dataset)
 
 
 def grade(rows: Sequence[dict]) -> list[Verdict]:
     """Check each row's instructions, in worker processes: a response can keep a regular expression busy for hours."""
-    answers = judge("ifeval", [(row["gold"], row["response"]) for row in rows])
+    golds = [read_gold(row.get("id", ""), row["gold"]) for row in rows]
+    answers = judge(__name__, [(row["gold"], row["response"]) for row in rows])
     verdicts = []
-    for row, answer in zip(rows, answers, strict=True):
-        types = [name for name, _ in json.loads(row["gold"])]
+    for gold, answer in zip(golds, answers, strict=True):
+        types = [name for name, _ in gold]
         strict, loose = answer or [[False] * len(types)] * 2
         followed = ", ".join(name for name, follows in zip(types, strict, strict=True) if follows)
         verdicts.append(Verdict(all(strict), followed, None if answer else "grader timed out",
                                 {"strict": strict, "loose": loose}))
     return verdicts
+
+
+def read_gold(id: str, gold: str) -> list[tuple[str, dict]]:
+    """The instructions (type, arguments) of a gold; a UserError where `CHECKS` has no such, or not with these."""
+    try:
+        instructions = json.loads(gold)
+        fault = misfit(instructions, [[str, dict]])
+        for name, arguments in [] if fault else instructions:
+            wanted = dict(list(signature(CHECKS[name]).parameters.items())[1:])
+            shape = {key: KINDS[parameter.annotation] for key, parameter in wanted.items()}
+            fault = fault or misfit(arguments, shape) or (arguments.keys() != shape.keys() and "has others")
+            for key in PATTERNS & shape.keys() if not fault else ():
+                for pattern in [arguments[key]] if shape[key] is str else arguments[key]:
+                    re.compile(pattern)
+            if any(value not in RELATIONS for key, value in arguments.items() if "relation" in key):
+                fault = f"relation is none of {RELATIONS}"
+    except (ValueError, KeyError, RecursionError, re.error) as error:
+        fault = str(error)
+    if fault:
+        raise UserError(f"the IFEval problem {id} has instructions that can't be checked: {fault}")
+    return instructions
 
 
 def check(gold: str, response: str) -> tuple[list[bool], list[bool]]:
@@ -72,7 +104,7 @@ def follows(name: str, response: str, **arguments: object) -> bool:
 
 
 def _compare(count: int, relation: str, threshold: int) -> bool:
-    assert relation in ("less than", "at least")
+    assert relation in RELATIONS
     return count < threshold if relation == "less than" else count >= threshold
 
 

@@ -7,6 +7,7 @@ smaller. A problem's id is its text.
 import random
 from collections.abc import Sequence
 
+from base.errors import UserError
 from data import miniature
 from data.benchmarks.problem import Benchmark, Problem, Verdict
 
@@ -57,6 +58,9 @@ def grade_answer(rows: Sequence[dict]) -> list[Verdict]:
 
 def grade_format(rows: Sequence[dict]) -> list[Verdict]:
     """What stands behind the last "Answer" must do as the instruction says."""
+    for row in rows:
+        if row["gold"] not in miniature.INSTRUCTIONS:
+            raise UserError(f"{row['gold'][:60]!r} is no instruction of the miniature's")
     return [Verdict(answer is not None and miniature.follows_format(row["gold"], answer), answer)
             for row, answer in zip(rows, map(_answer, rows), strict=True)]
 

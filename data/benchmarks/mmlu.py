@@ -39,7 +39,7 @@ CATEGORY_OF = {subject: category for category, subjects in CATEGORIES.items() fo
 def load(n: int | None, seed: int) -> Benchmark:
     """The test split, or a sample of it stratified by subject; ids are subject/index within the subject."""
     rows, dataset = read_dataset("cais/mmlu", "all/test-00000-of-00001.parquet",
-                                 columns=("question", "subject", "choices", "answer"))
+                                 columns={"question": str, "subject": str, "choices": [str] * 4, "answer": range(4)})
     problems, seen = [], Counter()
     for row in rows:
         subject = row["subject"]

@@ -1,8 +1,9 @@
-"""Graders in processes that can be killed: `judge` calls a benchmark's `check` on each item in a worker.
+"""Checks in processes that can be killed: `judge` calls a module's `check` on each item in a worker.
 
 What a model writes is hostile by accident. 9^{9^{9^9}} keeps a symbolic library busy for years, or takes all memory; a
-hundred thousand brackets do the same to a regular expression. So every check has a limit of processor time and of
-memory, and runs in a process that the kernel kills at either.
+hundred thousand brackets do the same to a regular expression, and a chat template of a stranger's to the sandbox that
+it runs in. So every check has a limit of processor time and of memory, and runs in a process that the kernel kills at
+either.
 
 A worker is a process that runs `serve`. It imports what the checks need and then forks a child to do them, so that the
 next child, after one was killed, costs a few milliseconds and no import. (A child for each check would make sympy and
@@ -31,7 +32,7 @@ DONE, DIED, RAISED, FULL = range(4)  # exit codes of a child: no more input; out
 
 
 def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = None) -> list:
-    """`data.benchmarks.<module>.check(*item)` of each item; None where it ran past its limits.
+    """`check(*item)` of the module for each item; None where it ran past its limits.
 
     What `check` returns comes back as JSON does: a tuple as a list. If it raises, that is a mistake of ours: the worker
     prints it and ends, and an AssertionError says so.
@@ -55,8 +56,8 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
         for _ in range(count):
             idle.put(worker := Worker(module))
             ends.callback(worker.close)
-        bar = tqdm(pool.map(ask, distinct), f"grading ({module})", len(distinct), leave=False, disable=None)
-        verdicts = dict(zip(distinct, bar, strict=True))
+        found = tqdm(pool.map(ask, distinct), f"{module}.check", len(distinct), leave=False, disable=None)
+        verdicts = dict(zip(distinct, found, strict=True))
     return [verdicts[item] for item in items]
 
 
@@ -64,9 +65,9 @@ class Worker:
     """A process that does a module's checks, from outside."""
 
     def __init__(self, module: str) -> None:
-        program = f"from data.benchmarks import grading; grading.serve({module!r})"
+        program = f"from base import grading; grading.serve({module!r})"
         # in a group of its own: Ctrl-C is for the parent; with it gone, the input ends
-        self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[2],
+        self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[1],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
 
     def ask(self, item: Sequence) -> object:
@@ -87,15 +88,15 @@ def serve(module: str) -> None:
     """A worker's life: load what the checks need, then fork a child that does them, and another if that has died."""
     import resource
 
-    benchmark = importlib.import_module(f"data.benchmarks.{module}")
-    benchmark.check(*benchmark.EXAMPLE)  # once here, so that libraries and their tables are there in every child
+    checker = importlib.import_module(module)
+    checker.check(*checker.EXAMPLE)  # once here, so that libraries and their tables are there in every child
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     code = FULL
     while code != DONE:
         child = os.fork()
         if child == 0:
-            os._exit(_check_lines(benchmark.check))
+            os._exit(_check_lines(checker.check))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code in (RAISED, -signal.SIGKILL, -signal.SIGTERM):  # these two can hit an idle child: whose verdict is it?
             sys.exit("a check raised, as above, or was killed from outside")
