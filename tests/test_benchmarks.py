@@ -149,7 +149,7 @@ def test_reference_solutions_of_math500_are_graded_correct() -> None:
     """The published solutions end in \\boxed{answer}: the extraction finds it, and it equals itself."""
     from data.hub import read_dataset
 
-    rows, _ = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl", columns=("solution", "answer"))
+    rows, _ = read_dataset("HuggingFaceH4/MATH-500", "test.jsonl", columns={"solution": str, "answer": str})
     verdicts = mathematics.grade([{"response": row["solution"], "gold": row["answer"]} for row in rows])
     wrong = [row["unique_id"] for row, verdict in zip(rows, verdicts, strict=True) if not verdict.correct]
     assert wrong == []

@@ -114,7 +114,7 @@ def test_verdicts_equal_the_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from lm_eval.tasks.ifeval import utils
 
     langdetect.DetectorFactory.seed = 0
-    rows, _ = read_dataset("google/IFEval", "ifeval_input_data.jsonl", columns=("key",))
+    rows, _ = read_dataset("google/IFEval", "ifeval_input_data.jsonl", columns={"key": int})
     by_key = {str(row["key"]): row for row in rows}
     rng = random.Random(0)
     answers = [text for text in _alpaca_answers() if len(text) > 40]
@@ -149,7 +149,7 @@ def test_verdicts_equal_the_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _alpaca_answers() -> list[str]:
-    rows, _ = read_dataset(*ALPACA, columns=("output",))
+    rows, _ = read_dataset(*ALPACA, columns={"output": str})
     return [row["output"] for row in rows[:5000]]
 
 
