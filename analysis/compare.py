@@ -14,7 +14,7 @@ from analysis.statistics import compare_rows
 from base.errors import UserError, run_script
 from base.files import inside, read_json
 from base.options import Parser
-from data.rows import GRADED, read_rows
+from data.rows import COMPARED, read_rows
 
 # Of an evaluation's config.json: what has to be the same for its rows to be comparable. The models may differ.
 CONDITIONS = ("template_sha256", "template_options", "today", "system", "opener", "temperature", "top_p", "top_k",
@@ -41,7 +41,7 @@ def paired_rows(before: Path, after: Path) -> dict[str, tuple[list[dict], list[d
     names = [list(read_json(folder / "summary.json")) for folder in (before, after)]
     if set(names[0]) != set(names[1]):
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
-    found = {name: tuple(read_rows(inside(folder, f"{name}.jsonl"), GRADED) for folder in (before, after))
+    found = {name: tuple(read_rows(inside(folder, f"{name}.jsonl"), COMPARED) for folder in (before, after))
              for name in names[0]}
     for name, rows in found.items():
         check_same_problems(name, before, rows[0], after, rows[1])
