@@ -13,7 +13,7 @@ from analysis.statistics import compare_rows
 from base.errors import UserError, run_script
 from base.files import inside, read_json
 from base.options import Parser
-from data.rows import GRADED, read_rows
+from data.rows import COMPARED, read_rows
 
 # Of an evaluation's config.json: what has to be the same for its rows to be comparable. The models may differ.
 CONDITIONS = ("template_sha256", "template_options", "today", "system", "opener", "temperature", "top_p", "top_k",
@@ -37,7 +37,7 @@ def compare(before: Path, after: Path, although: tuple[str, ...] = ()) -> dict[s
         raise UserError(f"{before} has the benchmarks {', '.join(names[0])}, and {after} has {', '.join(names[1])}")
     found = {}
     for name in names[0]:
-        rows, others = (read_rows(inside(folder, f"{name}.jsonl"), GRADED) for folder in (before, after))
+        rows, others = (read_rows(inside(folder, f"{name}.jsonl"), COMPARED) for folder in (before, after))
         check_same_problems(name, before, rows, after, others)
         found[name] = compare_rows(rows, others)
     return found

@@ -261,7 +261,7 @@ def _add_transcripts(page: Page, rows: Rows, benchmark: str, recovered: Sequence
                   f"{plain(chosen[0]['gold'])}. The first two responses part at ⟪⟫, after {parting} characters.",
                   fence(chosen[0]["prompt"])]
     for i, (name, row) in enumerate(zip(names, chosen, strict=True)):
-        said = "right" if row["correct"] else "no answer" if row["extracted"] is None else "wrong"
+        said = "right" if row["correct"] else "no answer" if row.get("extracted") is None else "wrong"
         text = texts[i] if i == 2 else f"{texts[i][:parting]}⟪⟫{texts[i][parting:]}"
         shown = ("…" if start else "") + text[start : start + SHOWN] + ("…" if len(text) > start + SHOWN else "")
         paragraphs += [f"{name} ({said}):", fence(shown)]

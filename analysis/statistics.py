@@ -217,7 +217,7 @@ def compare_rows(before: Sequence[dict], after: Sequence[dict]) -> dict:
     for one, other in zip(before, after, strict=True):
         if one["correct"] and not other["correct"]:
             lost["truncated" if other["finish_reason"] == "length" else
-                 "unparsed" if other["extracted"] is None else "wrong"] += 1
+                 "unparsed" if other.get("extracted") is None else "wrong"] += 1
         gained += other["correct"] and not one["correct"]
     return difference | {"lost": lost, "gained": gained}
 
@@ -232,7 +232,7 @@ def summarise(rows: Sequence[dict]) -> dict:
     correct = sum(row["correct"] for row in rows)
     summary = {
         "n": len(rows), "correct": correct, "accuracy": correct / len(rows), "ci95": list(wilson(correct, len(rows))),
-        "unparsed": sum(row["extracted"] is None for row in rows),
+        "unparsed": sum(row.get("extracted") is None for row in rows),
         "truncated": sum(row["finish_reason"] == "length" for row in rows),
         "grader_timeouts": sum(row.get("note") is not None for row in rows),
         "by_level": _count_by("level", rows),
@@ -240,7 +240,7 @@ def summarise(rows: Sequence[dict]) -> dict:
     for field in ("subject", "category"):
         if counts := _count_by(field, rows):
             summary[f"by_{field}"] = counts
-    if all("strict" in row for row in rows):
+    if all(row.get("strict") and row.get("loose") for row in rows):
         summary["instructions"] = {
             f"{level}_{kind}": sum(map(sum, verdicts)) / sum(map(len, verdicts))
             for kind in ("strict", "loose")

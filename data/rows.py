@@ -19,8 +19,8 @@ SAMPLED = {"response": str, "finish_reason": str}
 RESPONSE = {**ANSWERED, **SAMPLED, "response_tokens": range(1, 2**63), "logprob": float}
 RESCORED = {**SAMPLED, "gold": str, "level": (int, str, None), "subject": (str, None), "category": (str, None),
             "unit": (str, None), "tolerance": (str, None)}
-GRADED = {**RESCORED, "prompt": str, "correct": bool, "extracted": (str, None), "note": (str, None),
-          "strict": ([bool], None), "loose": ([bool], None)}
+COMPARED = {"prompt": str, "gold": str, "correct": bool, "extracted": (str, None), "finish_reason": str}
+GRADED = {**RESCORED, **COMPARED, "note": (str, None), "strict": ([bool], None), "loose": ([bool], None)}
 MEASURED = {"tokens": range(1, 2**63), "nll": float, "base_nll": (float, None), "kl": (float, None)}
 
 
