@@ -505,8 +505,8 @@ def test_a_terminal_gets_progress_bars_and_a_file_none(script: Script, tiny: Pat
             with_eta = [part for part in done.stderr.split("\r") if re.search(r"\d/\d+ \[\d\d:\d\d<[\d?]", part)]
             for title in titles if where == "terminal" else ():
                 assert any(title in part for part in with_eta), (name, title)
-    judge("mathematics", [mathematics.EXAMPLE])
-    assert "grading (mathematics): 100%" in capfd.readouterr().err
+    judge(mathematics.__name__, [mathematics.EXAMPLE])
+    assert "data.benchmarks.mathematics.check: 100%" in capfd.readouterr().err
 
 
 def damaged(tiny: Path, folder: Path, name: str, change: object) -> Path:
