@@ -152,13 +152,15 @@ def test_stopped_in_every_kind_of_stage(undisturbed: Path, tmp_path: Path) -> No
     for script in (*SCRIPTS, "report"):
         for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             # each at a stage of its own, that the run before has not come to
-            def ready(line: str, script: str = script) -> bool:
+            before = {str(path) for path in out.rglob("*")}
+
+            def ready(line: str, script: str = script, before: set[str] = before) -> bool:
                 if script == "report":
                     return line.startswith("$ python -m analysis.report")
-                return line.startswith(f"$ python {script}.py") and not Path(line.split()[-1]).exists()
+                return line.startswith(f"$ python {script}.py") and line.split()[-1] not in before
 
             returncode, stderr = stop(start(command), ready, 0.05, how)
-            assert returncode == code, stderr
+            assert returncode == code, (script, how, stderr)
             assert_stopped(stderr, command)
             assert not (out / "report.json").exists()
     finish(command)
