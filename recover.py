@@ -372,16 +372,17 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
             made = inside(record.parent, other)
             if stage["command"] != command or not stage["done"] or not made.exists():
                 continue
-            (out / place).parent.mkdir(parents=True, exist_ok=True)
-            # of a file its record first: without it, rows would be nobody's
-            for source in (made,) if made.is_dir() else (made.with_suffix(".config.json"), made):
-                part = out / f".{source.name}.part"
+            target = out / place  # which may have another name there: one pair's base is another one's teacher
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = out / f".{target.name}.part"  # not in evals/, where it would be one of them
+            if made.is_dir():
                 shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-                if made.is_dir():  # all but the lock of a process there
-                    shutil.copytree(source, part, ignore=shutil.ignore_patterns(".*"))
-                else:
-                    shutil.copyfile(source, part)
-                part.replace((out / place).with_name(source.name))
+                shutil.copytree(made, part, ignore=shutil.ignore_patterns(".*"))  # all but the lock of a process there
+                part.replace(target)
+            else:
+                for suffix in (".config.json", ".jsonl"):  # the record first: without it, rows would be nobody's
+                    shutil.copyfile(made.with_suffix(suffix), part)
+                    part.replace(target.with_suffix(suffix))
             return True
     return False
 
