@@ -41,7 +41,7 @@ import generate
 import measure
 import train
 from base.errors import UserError, run_script
-from base.files import alone, inside, read_json, read_text, same_run_folder, sha256, write_json, write_record
+from base.files import alone, inside, read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
 from base.hub import fingerprint, model_folder
 from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
 from data.benchmarks import load_benchmarks
@@ -374,15 +374,14 @@ def borrow(out: Path, place: str, command: list[str]) -> bool:
                 continue
             target = out / place  # which may have another name there: one pair's base is another one's teacher
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = out / f".{target.name}.part"  # not in evals/, where it would be one of them
             if made.is_dir():
-                shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                part = out / f".{target.name}.part"  # not in evals/, where it would be one of them
                 shutil.copytree(made, part, ignore=shutil.ignore_patterns(".*"))  # all but the lock of a process there
                 part.replace(target)
             else:
                 for suffix in (".config.json", ".jsonl"):  # the record first: without it, rows would be nobody's
-                    shutil.copyfile(made.with_suffix(suffix), part)
-                    part.replace(target.with_suffix(suffix))
+                    with whole(target.with_suffix(suffix)) as part:
+                        shutil.copyfile(made.with_suffix(suffix), part)
             return True
     return False
 
