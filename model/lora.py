@@ -9,7 +9,7 @@ is for saving. As a program it merges:
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +65,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) to (T, out)."""
         if torch.is_grad_enabled() and not (self.dropout and self.training):
-            return _AdaptedProduct.apply(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+            how, of = getattr(x, "made", (None, (x,)))
+            return _AdaptedProduct.apply(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale,
+                                         how, *of)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (T, r)
         # the scale goes where the tensor is smallest
         return self.base(x) + F.linear(low * self.scale, self.lora_B.to(x.dtype))  # (T, out)
@@ -78,26 +80,30 @@ class LoRALinear(nn.Module):
 class _AdaptedProduct(torch.autograd.Function):
     """`LoRALinear.forward` and its gradients in the fewest passes: the products with the rank add their result to the
     large one's, where autograd's own way through the same formula adds whole (T, out) and (T, in) tensors.
+
+    For A's gradient x is kept, or what it is made from (`decoder.remade`): x = how(*of).
     """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None,
-                lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+                lora_A: Tensor, lora_B: Tensor, scale: float, how: Callable[..., Tensor] | None, *of: Tensor
+                ) -> Tensor:
         low = F.linear(x, lora_A.to(x.dtype)) * scale  # (T, r)
         out = linear(x, weight, bias)  # (T, out)
-        ctx.save_for_backward(x, low, weight, lora_A, lora_B)
-        ctx.scale = scale
+        ctx.save_for_backward(low, weight, lora_A, lora_B, *of)
+        ctx.scale, ctx.how = scale, how
         return out.addmm_(low, lora_B.T.to(x.dtype))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, lora_A, lora_B = ctx.saved_tensors
+        low, weight, lora_A, lora_B, *of = ctx.saved_tensors
+        x = ctx.how(*of) if ctx.how else of[0]  # (T, in)
         grad_low = (grad @ lora_B.to(x.dtype)) * ctx.scale  # (T, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, weight.T).addmm_(grad_low, lora_A.to(x.dtype))  # (T, in)
         grad_A, grad_B = grad_low.T @ x, grad.T @ low  # (r, in), (out, r)
-        return grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
+        return (grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None, None, *(None for _ in of))
 
 
 def adapted(model: Decoder) -> dict[str, LoRALinear]:

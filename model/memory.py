@@ -19,12 +19,16 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     hidden = config.hidden_size
     heads, kv_heads = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
-    # per token: norms and products keep their inputs; attention keeps q, k, v and the values it mixes, these
-    # per sequence and again as the input of the product behind it; SwiGLU keeps both factors
-    block = size * (4 * hidden + 3 * heads + 2 * kv_heads + 3 * config.intermediate_size)
+    # per token: norms keep their inputs, products of adapters what theirs are made from, which is kept already;
+    # attention keeps q, k, v and the values it mixes, these per sequence and again as the input of the product behind
+    # it; SwiGLU keeps both factors
+    block = size * (2 * hidden + 3 * heads + 2 * kv_heads + 2 * config.intermediate_size)
+    adapters = adapted(model).values()
+    if not adapters or any(adapter.dropout for adapter in adapters):
+        block += size * (2 * hidden + config.intermediate_size)  # the products' inputs
     if config.qk_norm:
         block += size * (heads + kv_heads)
-    if any(adapter.dropout for adapter in adapted(model).values()):
+    if any(adapter.dropout for adapter in adapters):
         # each adapter's own input and what it was multiplied by, in the place of those that products share
         block += size * (8 * hidden + heads + config.intermediate_size)
     kept = size * hidden * config.num_layers if model.checkpoint_activations else block * config.num_layers

@@ -287,13 +287,16 @@ def test_checkpointed_equals_not(dropout: float, tiny: Path) -> None:
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
-@pytest.mark.parametrize("case", ["plain", "checkpointed", "dropout", "Qwen3"])
+@pytest.mark.parametrize("case", ["plain", "checkpointed", "dropout", "Qwen3", "full"])
 def test_memory_on_paper_is_what_autograd_keeps(case: str, tiny: Path, tmp_path: Path) -> None:
     if case == "Qwen3":
         build_model(tiny := tmp_path, "Qwen3")
     model, _ = adapted_model(tiny, dropout=0.3 if case == "dropout" else 0.0)
     model.train()
     model.checkpoint_activations = case == "checkpointed"
+    if case == "full":
+        lora.detach(model)
+        model.requires_grad_(True)
     tokens, kept = 200, {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
