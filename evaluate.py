@@ -74,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """A model and benchmarks in, graded rows and a summary out."""
     args = parse(argv)
+    if args.rescore is not None and not (args.rescore / "summary.json").exists():
+        raise UserError(f"{args.rescore} has no summary.json: it is no finished evaluation")
     with alone((args.rescore or args.out) / ".lock"):
         if args.rescore is not None:
             rescore(args.rescore)
@@ -128,11 +130,11 @@ def answer(benchmark: Benchmark, sampler: "Sampler", chat: "Chat", prompts: list
         else:
             respond(sampler, chat, prompts, encoded, rows, f"{path.parent.name}/{benchmark.name}", opener)
         answered = []
-        for problem in benchmark.problems:
+        for problem, asked in zip(benchmark.problems, prompts, strict=True):
             row = rows.rows[problem.id]
             answered.append({"id": problem.id, "correct": None, "response": row["response"], "extracted": None,
                              "gold": problem.gold, "finish_reason": row["finish_reason"], "level": problem.level,
-                             **problem.fields, "prompt": problem.prompt})
+                             **problem.fields, "prompt": problem.prompt, "system": asked["system"]})
         graded = grade(answered, benchmark.grader)
         rows.finish(graded)
     return graded
@@ -173,8 +175,6 @@ def rescore(folder: Path) -> None:
     """Grade a folder's saved responses again and rewrite rows and summary."""
     from analysis.statistics import summarise
 
-    if not (folder / "summary.json").exists():
-        raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
     summary = read_json(folder / "summary.json", {str: {"grader": str, "correct": int}})
     for name, entry in summary.items():
         path = inside(folder, f"{name}.jsonl")

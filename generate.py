@@ -12,10 +12,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base.errors import UserError, run_script
+from base.errors import UserError, about, run_script
 from base.files import alone, same_run, write_record
 from base.hub import fingerprint, model_folder
-from base.options import Parser, device_options, natural, number, positive_int, resolve_device, seed, temperature
+from base.options import (
+    Parser,
+    device_options,
+    natural,
+    nonempty,
+    number,
+    positive_int,
+    resolve_device,
+    seed,
+    temperature,
+)
 from data.prompts import load_prompts
 from data.rows import RESPONSE, GrowingRows
 
@@ -58,8 +68,10 @@ def check_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --model, --adapter and --adapter-scale."""
-    parser.add_argument("--model", required=required, metavar="M", help="hub name, or folder in Hugging Face layout")
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, folder or hub name")
+    parser.add_argument("--model", type=nonempty, required=required, metavar="M",
+                        help="hub name, or folder in Hugging Face layout")
+    parser.add_argument("--adapter", type=nonempty, metavar="DIR",
+                        help="LoRA adapter in PEFT's format, folder or hub name")
     parser.add_argument("--adapter-scale", type=number(float), metavar="S",
                         help="multiplies the adapter's effect (default: 1)")
 
@@ -160,9 +172,11 @@ def make_sampler(model: "Decoder", chat: "Chat", args: argparse.Namespace) -> "S
 def encode_prompts(sampler: "Sampler", chat: "Chat", prompts: list[dict], opener: str = "") -> dict[str, list[int]]:
     """Token ids of each prompt, with `opener` behind it, by id; a UserError names one that leaves no room in the
     model's context."""
-    encoded = {row["id"]: chat.prompt(row["prompt"], row["system"], opener) for row in prompts}
-    for id, tokens in encoded.items():
-        sampler.limit(id, tokens)
+    encoded = {}
+    for row in prompts:
+        with about(row["id"]):
+            encoded[row["id"]] = chat.prompt(row["prompt"], row["system"], opener)
+        sampler.limit(row["id"], encoded[row["id"]])
     return encoded
 
 

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     from model import lora
 
     files = {path.stem: path for path in args.responses}
-    if len(files) < len(args.responses) or files.keys() & {"config", "summary"}:
+    if len(files) < len(args.responses) or any(name in ("config", "summary") or name.endswith(".partial")
+                                               for name in files):
         raise UserError("--responses are told apart by their files' names, of which two are the same or one is taken")
     rows = {name: read_rows(path, ANSWERED)[: args.n] for name, path in files.items()}
     options = {"responses": {name: sha256(path) for name, path in files.items()}, "n": args.n,

@@ -120,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     generate.cache_options(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="the experiment's folder")
     train.training_options(parser)
-    device_options(parser)
+    device_options(parser, train.TRAINED_IN)
     args = parser.parse_args(argv)
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
@@ -134,7 +134,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.recover_with = sorted(set(args.recover_with))
     args.student, args.teacher = list(dict.fromkeys(args.student)), list(dict.fromkeys(args.teacher))
     train.resolve_adapter(args)
-    train.check_dtype(parser, args)
     return args
 
 

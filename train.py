@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base.errors import UserError, printable, run_script
+from base.errors import UserError, about, printable, run_script
 from base.files import alone, same_run_folder, sha256, whole, write_record
 from base.hub import model_folder
-from base.options import DTYPES, Parser, device_options, natural, number, positive_int, resolve_device, seed
+from base.options import DTYPES, Parser, device_options, natural, nonempty, number, positive_int, resolve_device, seed
 from data.rows import ANSWERED, GrowingRows, read_rows
 from generate import model_identity
 from model.config import PROJECTIONS
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from model.decoder import Decoder
 
 LESS_MEMORY = "a lower --micro-batch-tokens, or --checkpoint-activations,"
+TRAINED_IN = ("float32", "bfloat16")  # in float16 gradients underflow
 STATE = "training_state.safetensors"
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 METRICS = {"step": int, "loss": float, "seconds": float}
@@ -46,8 +47,9 @@ NEW_ADAPTER = {"rank": 16, "alpha": None, "dropout": 0.0, "targets": PROJECTIONS
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, metavar="M", help="hub name, or folder in Hugging Face layout")
-    parser.add_argument("--adapter", metavar="DIR", help="continue training this LoRA adapter")
+    parser.add_argument("--model", type=nonempty, required=True, metavar="M",
+                        help="hub name, or folder in Hugging Face layout")
+    parser.add_argument("--adapter", type=nonempty, metavar="DIR", help="continue training this LoRA adapter")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE.jsonl",
                         help="rows to train on")
     parser.add_argument("--skip", type=natural, default=0, help="pass over the first rows")
@@ -71,9 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true",
                         help="say what would be trained on, what left out, and about how much memory it takes")
     training_options(parser)
-    device_options(parser)
+    device_options(parser, TRAINED_IN)
     args = parser.parse_args(argv)
-    args.adapter_scale = 1.0
+    args.adapter_scale = 1.0  # for `model_identity`: an adapter is taken up as it is
     args.full = args.full or args.from_scratch
     if args.full and args.adapter:
         parser.error("--full and --from-scratch train the model's own weights, --adapter an adapter: give one of them")
@@ -86,14 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is of a new adapter: not to be given with --full, --from-scratch or --adapter")
     if not (args.full or args.adapter):
         resolve_adapter(args)
-    check_dtype(parser, args)
     return args
-
-
-def check_dtype(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what can't be trained in."""
-    if args.dtype == "float16":
-        parser.error("--dtype float16 underflows in training: float32 or bfloat16 would do")
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +105,7 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
-    group.add_argument("--epochs", type=positive_int, default=2, help="passes over the data")
+    group.add_argument("--epochs", type=number(int, low=1, high=10**4), default=2, help="passes over the data")
     group.add_argument("--steps", type=number(int, low=1, high=10**6), help="optimiser steps, instead of --epochs")
     group.add_argument("--batch-tokens", type=positive_int, default=4096,
                        help="tokens of an optimiser step, at most; a longer conversation is a step of its own")
@@ -166,7 +161,8 @@ def run(args: argparse.Namespace) -> None:
     record = args.out / ("training.json" if args.full else "config.json")  # a whole model has a config.json of its own
     begun = same_run_folder(record, options)
     if begun and not args.dry_run and (args.out / "metrics.jsonl").exists():
-        (args.out / STATE).unlink(missing_ok=True)
+        if (args.out / STATE).exists():  # a kill's; and a read-only disk says no even where there is nothing to delete
+            (args.out / STATE).unlink()
         print(f"{args.out}: done already")
         return
     if args.resume and not begun:
@@ -245,7 +241,8 @@ def run(args: argparse.Namespace) -> None:
                         for part in tqdm(parts, "validation", leave=False, disable=None))
         model.train()
         if not math.isfinite(total):
-            raise UserError(f"the validation loss is {total}: a lower --lr with another --out would do")
+            raise UserError(f"the validation loss is {total}: a lower --lr with another --out would do, unless the "
+                            "model itself is damaged")
         return total / sum(example.weight(args.prompt_loss_weight) for example in validation)
 
     def save(out: Path) -> None:
@@ -351,7 +348,8 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
         if not all(message["content"].strip() for message in row["messages"] if message["role"] == "assistant"):
             empty.append(row["id"])
             continue
-        conversation = chat.conversation(row["messages"], ended=row.get("finish_reason") != "length")
+        with about(row["id"]):
+            conversation = chat.conversation(row["messages"], ended=row.get("finish_reason") != "length")
         if len(conversation.tokens) > longest:
             long.append(row["id"])
         else:
@@ -360,7 +358,7 @@ def encode_rows(chat: "Chat", rows: list[dict], longest: int, drop_long: bool) -
         raise UserError(f"{len(long)} of {len(rows)} conversations are longer than {longest} tokens{listed(long)}; "
                         "raise --max-length, or leave them out with --drop-long")
     if not examples:
-        raise UserError(f"nothing to train on: of {len(rows)} rows {len(empty)} have an empty response, and "
+        raise UserError(f"nothing is left: of {len(rows)} rows {len(empty)} have an empty response, and "
                         f"{len(long)} are longer than {longest} tokens")
     return examples, empty + long
 
@@ -420,7 +418,7 @@ def show_example(chat: "Chat", example: "Example") -> str:
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
-    """Of step 0 … steps - 1: up in a straight line over the first steps · warmup, then as `schedule` says, to 0."""
+    """Of step 0 … steps - 1: up in a straight line over the first steps · warmup, then as `schedule` says."""
     rising = math.ceil(steps * warmup)
     if step < rising:
         return peak * (step + 1) / rising

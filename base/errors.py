@@ -1,10 +1,12 @@
 """Mistakes that the user can mend, and how a script ends on them."""
 
+import errno
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -12,6 +14,15 @@ class UserError(Exception):
 
     Our own mistakes are assertions and keep their traceback.
     """
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say of a UserError inside what it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -40,6 +51,8 @@ def run_script(main: Callable[[], None], kept: str = "finished files", memory: s
         sys.exit(_say(memory, 2))
     except OSError as error:
         # a full disk, a folder without permission, a name that is too long
+        if error.errno == errno.ENOMEM:
+            sys.exit(_say(memory, 2))
         sys.exit(_say(f"error: {error.filename or 'a file'} can't be used: {error.strerror or error}", 2))
     except Exception as error:
         # torch's and safetensors' errors, told by their names so that `--help` need not import either

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and the record of the run that made them."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -56,7 +57,7 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
     The lock is the kernel's, and goes with the process however that ends; only the file may be left. DIR/.lock is for
     all of a folder, rows.lock for what is called rows.* beside it.
     """
-    folder, new = lock.parent, not lock.parent.exists()
+    folder, new, held = lock.parent, not lock.parent.exists(), None
     if not (new or folder.is_dir()):
         raise UserError(f"{folder} is a file, and --out needs a folder")
     try:
@@ -65,15 +66,18 @@ def alone(lock: Path, wait: bool = False) -> Iterator[None]:
         for left in folder.glob(f".{lock.name.removesuffix('lock').lstrip('.')}*.part"):
             shutil.rmtree(left, ignore_errors=True)  # of `whole`, by a kill
     except OSError as error:
-        raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
+        # a run that is done has nothing to write in a read-only folder; of any other the first file says what is wrong
+        if new or lock.exists() or error.errno not in (errno.EROFS, errno.EACCES):
+            raise UserError(f"{folder} can't be written: {error.strerror or error}") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # the folder may have turned read-only, or hold what was written
-            lock.unlink()
-            if new:
-                folder.rmdir()
-        os.close(held)
+        if held is not None:
+            with suppress(OSError):  # the folder may have turned read-only, or hold what was written
+                lock.unlink()
+                if new:
+                    folder.rmdir()
+            os.close(held)
 
 
 def _lock(lock: Path, wait: bool) -> int:
@@ -98,8 +102,12 @@ def _lock(lock: Path, wait: bool) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path} can't hold {text[error.start]!r}, of an option or name: it is no character") from error
     with whole(path) as part:
-        part.write_bytes(text.encode())
+        part.write_bytes(encoded)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -42,7 +42,7 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
     distinct = list(dict.fromkeys(items))
     if not distinct:
         return []
-    count = min(workers or os.cpu_count() or 1, len(distinct))
+    count = min(workers or len(os.sched_getaffinity(0)), len(distinct))  # more would wait, and ASLEEP counts that
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
     def ask(item: tuple[str, ...]) -> object:
@@ -66,9 +66,11 @@ class Worker:
 
     def __init__(self, module: str) -> None:
         program = f"from base import grading; grading.serve({module!r})"
-        # in a group of its own: Ctrl-C is for the parent; with it gone, the input ends
+        # in a group of its own: Ctrl-C is for the parent; with it gone, the input ends. OpenBLAS, which nltk brings in,
+        # reserves 40 MB of addresses a thread: on many cores none would be left for the checks
         self.process = subprocess.Popen([sys.executable, "-c", program], text=True, cwd=Path(__file__).parents[1],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
+                                        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, process_group=0)
 
     def ask(self, item: Sequence) -> object:
         """What `check(*item)` returns, as JSON does; None where it ran past its limits."""

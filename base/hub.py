@@ -34,7 +34,7 @@ def _plain_errors(kind: str, name: str) -> Iterator[None]:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
         raise UserError(f"the {kind} {name} is no folder here and not in the hub cache ({constants.HF_HUB_CACHE}), "
                         f"and {why}") from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # the first is of what fetches, and all of the hub's own come from it
         raise UserError(f"the {kind} {name} could not be fetched from the hub: {error}") from error
 
 
@@ -74,15 +74,15 @@ def revision(path: Path) -> str | None:
 def fingerprint(folder: Path) -> str:
     """A short name for the contents of a model or adapter folder: its hub commit, else a checksum.
 
-    The checksum covers every JSON file, and of each weight file its size, first and last MiB: enough to notice
-    another training run, without reading 16 GB.
+    The checksum covers every file's size, first and last MiB: enough to notice another training run, without reading
+    16 GB.
     """
     commit = revision(folder)
     if commit:
         return commit
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.jinja")]):
-        if path.name == "config.json" and (folder / "adapter_config.json").exists():
+        if path.name == "training.json" or (path.name == "config.json" and (folder / "adapter_config.json").exists()):
             continue  # the training run's record: it says when and with what, not what came out
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

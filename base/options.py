@@ -1,12 +1,12 @@
 """Command-line options that several scripts share, each with its default written once."""
 
 import argparse
-import json
 from collections.abc import Callable
 from datetime import date
 from typing import TYPE_CHECKING
 
 from base.errors import UserError
+from base.files import parse_object
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None) -> None:
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action: argparse.Action) -> str:
-                if action.default is None or action.default is False or action.required:
+                if action.required or action.default is None or action.default in ("", [], {}) \
+                        or action.default is False:
                     return action.help or ""
                 return super()._get_help_string(action) or ""
 
@@ -31,11 +32,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def device_options(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --dtype, --template-options and --today."""
+def device_options(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES) -> None:
+    """Add --device, --dtype (one of `dtypes`), --template-options and --today."""
     group = parser.add_argument_group("model")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one, else cpu)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
+    group.add_argument("--dtype", choices=dtypes, help="of the weights (default: bfloat16 on cuda, float32 on cpu)")
     group.add_argument("--template-options", type=json_object, default={}, metavar="JSON",
                        help='variables for the chat template, such as \'{"enable_thinking": false}\' for Qwen3')
     group.add_argument("--today", type=iso_date, metavar="YYYY-MM-DD", help="the date, for a chat template that asks "
@@ -64,12 +65,9 @@ def resolve_device(device: str | None, dtype: str | None) -> tuple["torch.device
 def json_object(text: str) -> dict:
     """argparse type: a JSON object."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
+        return parse_object(text, repr(text[:60]))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def iso_date(text: str) -> str:
@@ -78,6 +76,13 @@ def iso_date(text: str) -> str:
         return date.fromisoformat(text).isoformat()
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date; 2026-01-31 would do") from error
+
+
+def nonempty(text: str) -> str:
+    """argparse type: a name, and not the nothing that an unset variable of a shell leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def temperature(text: str) -> float:
@@ -98,9 +103,9 @@ def number(kind: type, low: float = float("-inf"), high: float = float("inf"),
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
         if not (low <= value <= high and value > above and abs(value) < float("inf")):
-            bounds = f"from {low:g} up" if low > float("-inf") else f"above {above:g}"
-            upto = f", at most {high:g}" if high < float("inf") else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}{upto}")
+            bounds = [f"{low:g} or more"] * (low > float("-inf")) + [f"above {above:g}"] * (above > float("-inf"))
+            bounds += [f"at most {high:g}"] * (high < float("inf"))
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {', '.join(bounds) or 'finite'}")
         return value
 
     return parse

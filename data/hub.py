@@ -18,9 +18,10 @@ def read_dataset(repo: str, filename: str, columns: dict) -> tuple[list[dict], d
     else:
         lines = read_text(path).split("\n")
         rows = [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line]
-    fault = next(filter(None, (misfit(row, columns) for row in rows)), None) if rows else "of any row is missing"
-    if fault:
-        raise UserError(f"{path}: the column {fault}; delete the file, and it is fetched again")
+    faults = (f"the column {fault}" for row in rows if (fault := misfit(row, columns)))
+    if fault := next(faults, None if rows else "it has no rows"):
+        # the path in the cache is a link: while what it leads to is there, nothing is fetched
+        raise UserError(f"{path}: {fault}; delete {path.resolve()}, and it is fetched again")
     return rows, {"name": repo, "file": filename, "revision": revision, "sha256": sha256(path)}
 
 

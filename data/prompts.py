@@ -31,10 +31,10 @@ def load_prompts(source: str, skip: int = 0, n: int | None = None) -> tuple[list
     for row in rows:
         if not row["prompt"].strip():
             raise UserError(f"{source}: the prompt of {row['id']} is empty")
-    end = len(rows) if n is None else skip + n
-    if end > len(rows) or skip >= len(rows):
+    end = skip + (n or 1)
+    if end > len(rows):
         raise UserError(f"{source} has {len(rows)} prompts, and {end} are asked for; lower --n (or --n-train, --skip)")
-    return rows[skip:end], dataset
+    return rows[skip : end if n else None], dataset
 
 
 def alpaca_prompt(row: dict) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from base.errors import UserError, run_script
 from base.files import alone, misfit, read_json, whole, write_json
 from base.hub import model_folder
-from base.options import DTYPES, Parser, number
+from base.options import DTYPES, Parser, nonempty, number
 from model import weights
 from model.config import PROJECTIONS
 from model.decoder import Decoder, linear
@@ -65,9 +65,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) to (T, out)."""
         if torch.is_grad_enabled() and not (self.dropout and self.training):
-            how, of = getattr(x, "made", (None, (x,)))
+            recipe, ingredients = getattr(x, "recipe", (None, (x,)))
             return _AdaptedProduct.apply(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale,
-                                         how, *of)
+                                         recipe, *ingredients)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (T, r)
         # the scale goes where the tensor is smallest
         return self.base(x) + F.linear(low * self.scale, self.lora_B.to(x.dtype))  # (T, out)
@@ -81,29 +81,30 @@ class _AdaptedProduct(torch.autograd.Function):
     """`LoRALinear.forward` and its gradients in the fewest passes: the products with the rank add their result to the
     large one's, where autograd's own way through the same formula adds whole (T, out) and (T, in) tensors.
 
-    For A's gradient x is kept, or what it is made from (`decoder.remade`): x = how(*of).
+    A's gradient takes x: kept as it is, or made again where that is cheap (`decoder.recomputable`).
     """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None,
-                lora_A: Tensor, lora_B: Tensor, scale: float, how: Callable[..., Tensor] | None, *of: Tensor
-                ) -> Tensor:
+                lora_A: Tensor, lora_B: Tensor, scale: float,
+                recipe: Callable[..., Tensor] | None, *ingredients: Tensor) -> Tensor:
         low = F.linear(x, lora_A.to(x.dtype)) * scale  # (T, r)
         out = linear(x, weight, bias)  # (T, out)
-        ctx.save_for_backward(low, weight, lora_A, lora_B, *of)
-        ctx.scale, ctx.how = scale, how
+        ctx.save_for_backward(low, weight, lora_A, lora_B, *ingredients)
+        ctx.scale, ctx.recipe = scale, recipe
         return out.addmm_(low, lora_B.T.to(x.dtype))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, weight, lora_A, lora_B, *of = ctx.saved_tensors
-        x = ctx.how(*of) if ctx.how else of[0]  # (T, in)
+        low, weight, lora_A, lora_B, *ingredients = ctx.saved_tensors
+        x = ctx.recipe(*ingredients) if ctx.recipe else ingredients[0]  # (T, in)
         grad_low = (grad @ lora_B.to(x.dtype)) * ctx.scale  # (T, r)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, weight.T).addmm_(grad_low, lora_A.to(x.dtype))  # (T, in)
         grad_A, grad_B = grad_low.T @ x, grad.T @ low  # (r, in), (out, r)
-        return (grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None, None, *(None for _ in of))
+        return (grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None, None,
+                *(None for _ in ingredients))
 
 
 def adapted(model: Decoder) -> dict[str, LoRALinear]:
@@ -266,8 +267,8 @@ def _place(model: Decoder, name: str, module: nn.Module) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Merge an adapter into a model and save it."""
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="hub name or folder of the base model")
-    parser.add_argument("--adapter", required=True, help="folder or hub name of the adapter")
+    parser.add_argument("--model", type=nonempty, required=True, help="hub name or folder of the base model")
+    parser.add_argument("--adapter", type=nonempty, required=True, help="folder or hub name of the adapter")
     parser.add_argument("--adapter-scale", type=number(float), default=1.0, help="multiplies the adapter's effect")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the saved weights")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must be empty or new")
@@ -287,4 +288,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "other files")

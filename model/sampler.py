@@ -21,7 +21,7 @@ from torch import Tensor
 from base.errors import UserError
 from model.attention import Decode, Prefill
 from model.cache import BLOCK, NODE, KVCache, PrefixTree, cache_slots
-from model.decoder import Decoder, turn_weights
+from model.decoder import Decoder, transpose_weights
 
 # Matrix products get a multiple of this many rows. Below 12 rows, MKL (which the CPU's bfloat16 products, and training,
 # still go to) picks another kernel for other numbers of rows and sums in another order; for multiples of 4 a row is the
@@ -31,7 +31,7 @@ PREFILL_TOKENS = 1024  # prompt tokens in one forward pass, to bound its activat
 # Steps that a GPU takes before the host looks at their tokens. A row that ends among them is computed to the last of
 # them in vain: 4 tokens on average, for one wait in 8 steps
 STEPS = 8
-WORTH_TURNING = 16  # new tokens: `turn_weights` takes as long as two steps, and makes each some 8 % faster
+WORTH_TRANSPOSING = 16  # new tokens: `transpose_weights` takes as long as two steps, and makes each some 8 % faster
 CHOICE_ROWS = 16  # in one go on the CPU: a few MB, which the allocator keeps, where all rows' come from the system anew
 GIB = 2**30
 
@@ -100,12 +100,12 @@ class Sampler:
         waiting = [self._row(id, prompt) for id, prompt in reversed(prompts)]
         if not waiting:
             return
-        if self.max_new_tokens > WORTH_TURNING:
-            turn_weights(self.model)
+        if self.max_new_tokens > WORTH_TRANSPOSING:
+            transpose_weights(self.model)
         if self.model.device.type == "cpu":
             self._logits = torch.empty(min(self.slots, len(waiting)) + GROUP, self.model.config.vocab_size)
         cache, tree = self._open(waiting)
-        steps = _Steps(self, cache, width=max(row.longest for row in waiting) + 1)
+        steps = _Steps(self, cache, len(waiting), width=max(row.longest for row in waiting) + 1)
         live: list[_Row] = []
         while waiting or live:
             new = self._admit(waiting, live, cache, tree)
@@ -343,11 +343,12 @@ class _Steps:
     """Decode steps in which the device goes on with the tokens that it chose: `count` of them between two looks of the
     host. On a GPU a step is a CUDA graph, one for each number of rows that `_padded` gives."""
 
-    def __init__(self, sampler: Sampler, cache: KVCache, width: int) -> None:
-        """`width`: blocks in a row's table; the positions that `count` steps may go beyond a row's end included."""
+    def __init__(self, sampler: Sampler, cache: KVCache, rows: int, width: int) -> None:
+        """`rows` to be sampled in all; `width`: blocks in a row's table, the positions that `count` steps may go beyond
+        a row's end included."""
         self.sampler, self.cache = sampler, cache
         self.device = sampler.model.device
-        slots = self._padded(sampler.slots)
+        slots = self._padded(min(sampler.slots, rows))
         self.count = steps_at_once(self.device)
         place = {"device": self.device}
         self.tokens = torch.zeros(slots, dtype=torch.long, **place)

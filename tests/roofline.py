@@ -92,7 +92,7 @@ def launches(config: ModelConfig) -> tuple[int, int]:
                 model = Decoder(small)
             model = model.to(META, torch.bfloat16)  # the rotary frequencies come from the CPU
             cache = KVCache(small, blocks=8, device=META, dtype=torch.bfloat16)
-            steps = _Steps(Sampler(model, frozenset(), max_new_tokens=8, slots=4), cache, width=3)
+            steps = _Steps(Sampler(model, frozenset(), max_new_tokens=8, slots=4), cache, 4, width=3)
             with torch.inference_mode(), Launches() as counted:
                 steps._step(4)
             # the attention's second kernel adds up the parts of a row

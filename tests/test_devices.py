@@ -102,7 +102,7 @@ def test_generating(model: Decoder, kernels: Kernels, temperature: float) -> Non
     per_layer = ["norm", "rotate", "prefill", "norm", "silu"]
     assert kernels.launched == per_layer * layers + ["norm"]
     kernels.launched.clear()
-    steps = _Steps(ours, cache, width=3)
+    steps = _Steps(ours, cache, ours.slots, width=3)
     with torch.inference_mode():
         steps._step(4)
     assert kernels.launched == ["norm", "rotate", "decode", "norm", "silu"] * layers + ["norm"]

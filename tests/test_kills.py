@@ -201,6 +201,11 @@ def make_read_only(out: Path) -> None:
         folder.chmod(0o555)
 
 
+def let_write(out: Path) -> None:
+    for path in (out, *out.rglob("*")):
+        path.chmod(0o755)
+
+
 DISASTERS = {kill: -signal.SIGKILL, fill_the_disk: 2, make_read_only: 2}  # and what a script then exits with
 
 
@@ -244,6 +249,9 @@ def meet_disasters(folder: Path, scripts: dict[str, list[str]], hit: str, every:
         whole, out = folder / script, folder / "disturbed"
         code, said = run(whole)
         assert code == 0, said
+        code, said = run(whole, 1, make_read_only, whole)
+        assert code == 0, said  # there is nothing left to write
+        let_write(whole)
         if script not in hit:
             continue
         expected, moments = contents(whole), Counter()
@@ -252,8 +260,7 @@ def meet_disasters(folder: Path, scripts: dict[str, list[str]], hit: str, every:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             code, said = run(out, change, disaster, out)
-            for path in (out, *out.rglob("*")):
-                path.chmod(0o755)
+            let_write(out)
             if code == 0 and disaster is kill:
                 break  # it makes fewer changes
             if code == 0:  # the last change is the lock's end, which nothing depends on

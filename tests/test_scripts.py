@@ -359,11 +359,12 @@ def test_merge_as_a_program(tiny: Path, rows: Path, script: Script, tmp_path: Pa
 
 def test_evaluate_and_rescore(script: Script, tiny: Path, problems: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval"
-    common = ("evaluate.py", "--model", tiny, "--benchmarks", problems, "--n", 4, "--max-new-tokens", 16, "--out", out)
+    common = ("evaluate.py", "--model", tiny, "--benchmarks", problems, "--n", 4, "--max-new-tokens", 16, "--system",
+              "Be brief.", "--out", out)
     done = script(*common)
     assert done.returncode == 0, done.stderr
     found = read_rows(out / "sums.jsonl")
-    assert len(found) == 4
+    assert [row["system"] for row in found] == ["Be brief."] * 4  # measure.py reads it
     assert {"id", "correct", "response", "extracted", "gold", "finish_reason", "level"} <= set(found[0])
     summary = json.loads((out / "summary.json").read_text())["sums"]
     assert (summary["n"], summary["correct"], summary["unparsed"]) == (4, 0, 4)
@@ -530,6 +531,9 @@ DAMAGE = {
     "no token for unknown words": ("tokenizer.json", lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {
         "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<none>"}})), "fails on"),
     "no template": ("chat_template.jinja", Path.unlink, "chat template"),
+    "a template that refuses a row": ("chat_template.jinja", lambda p: p.write_text(
+        "{% if 'number 7' in messages[0].content %}{{ raise_exception('not this') }}{% endif %}" + p.read_text()),
+        "error: p7: the chat template"),
 }
 
 
@@ -570,6 +574,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
     generate = ("generate.py", "--out", out / "rows.jsonl", "--prompts")
     train = ("train.py", "--out", out, "--model", tiny, "--data")
     evaluate = ("evaluate.py", "--model", tiny, "--benchmarks")
+    measure = ("measure.py", "--model", tiny, "--out", out, "--responses", rows.with_name(f"{rows.stem}.partial.jsonl"))
     cases = [
         ((*generate, prompts, "--model", tmp_path / "nowhere"), "nowhere"),
         ((*generate, prompts, "--model", prompts), "is a file"),
@@ -600,6 +605,9 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*generate, prompts, "--model", tiny, "--device", "meta"), "--device meta"),
         ((*generate, prompts, "--model", tiny, "--temperature", 1e-39), "too small"),
         ((*generate, prompts, "--model", tiny, "--adapter-scale", 2), "--adapter-scale needs"),
+        ((*generate, prompts, "--model", tiny, "--adapter", ""), "the name is empty"),
+        ((*generate, prompts, "--model", tiny, "--skip", 24), "24 prompts, and 25 are asked for"),
+        ((*generate, prompts, "--model", tiny, "--template-options", '{"x": "\\ud800"}'), "lone surrogate"),
         ((*generate, prompts, "--model", tiny, "--today", "tomorrow"), "--today"),
         ((*generate, prompts, "--model", tiny, "--template-options", "[" * 5000), "--template-options"),
         ((*evaluate, problems, tmp_path / "sums.jsonl", "--out", out), "same name"),
@@ -610,6 +618,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*train, rows, "--full", "--dropout", 0), "--dropout is of a new adapter"),
         ((*train, rows, "--from-scratch", "--rank", 4), "--rank is of a new adapter"),
         ((*train, rows, "--from-scratch", "--adapter", tmp_path / "adapter"), "give one of them"),
+        ((*train, rows, "--dtype", "float16"), "--dtype"),
         ((*train, rows, "--save-dtype", "bfloat16"), "--save-dtype is of a whole model"),
         ((*train, rows, "--prompt-loss-weight", 2), "--prompt-loss-weight"),
         ((*train, rows, "--targets", "lm_head"), "lm_head"),
@@ -619,7 +628,9 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*evaluate, tmp_path / "none.jsonl", "--out", out), "none.jsonl"),
         ((*evaluate, rows, "--out", out), "the field problem is missing"),
         (("evaluate.py", "--rescore", tmp_path / "thesis"), "no summary.json"),
+        (("evaluate.py", "--rescore", tmp_path / "thesys"), "no summary.json"),
         (("evaluate.py", "--model", tiny), "--benchmarks"),
+        ((*measure, rows), "--responses are told apart"),
         (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
         (("recover.py", "--preset", "maxi"), "maxi"),
         (("recover.py", "--preset", "mini", "--openers", "Okay", "Okay so", "--out", out), "can't be told apart"),
@@ -634,7 +645,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
     for arguments, message in cases:
         assert_refused(script(*arguments), message)
         assert not out.exists() or os.listdir(out) == [], arguments
-    assert os.listdir(tmp_path / "thesis") == ["thesis.tex"]
+    assert os.listdir(tmp_path / "thesis") == ["thesis.tex"] and not (tmp_path / "thesys").exists()
 
 
 def test_as_a_process(tiny: Path, prompts: Path, tmp_path: Path) -> None:

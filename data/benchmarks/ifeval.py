@@ -108,17 +108,6 @@ def _compare(count: int, relation: str, threshold: int) -> bool:
     return count < threshold if relation == "less than" else count >= threshold
 
 
-def _is_language(text: str, language: str) -> bool:
-    """By langdetect, seeded; a text without letters is in every language."""
-    import langdetect
-
-    langdetect.DetectorFactory.seed = 0
-    try:
-        return langdetect.detect(text) == language
-    except langdetect.LangDetectException:
-        return True
-
-
 def existence(response: str, keywords: Sequence[str]) -> bool:
     """Every keyword is there, in whatever case, also within a word."""
     return all(re.search(keyword, response, re.IGNORECASE) for keyword in keywords)
@@ -140,8 +129,14 @@ def letter_frequency(response: str, letter: str, let_frequency: int, let_relatio
 
 
 def response_language(response: str, language: str) -> bool:
-    """In the language with this ISO 639-1 code."""
-    return _is_language(response, language)
+    """In the language with this ISO 639-1 code, by langdetect, seeded; without letters it is in every one."""
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0
+    try:
+        return langdetect.detect(response) == language
+    except langdetect.LangDetectException:
+        return True
 
 
 def number_sentences(response: str, num_sentences: int, relation: str) -> bool:
@@ -255,12 +250,12 @@ def capital_word_frequency(response: str, capital_frequency: int, capital_relati
 
 def english_capital(response: str) -> bool:
     """English, without a small letter."""
-    return response.isupper() and _is_language(response, "en")
+    return response.isupper() and response_language(response, "en")
 
 
 def english_lowercase(response: str) -> bool:
     """English, without a capital letter."""
-    return response.islower() and _is_language(response, "en")
+    return response.islower() and response_language(response, "en")
 
 
 def no_comma(response: str) -> bool:
