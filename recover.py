@@ -3,7 +3,7 @@
     python recover.py --student HuggingFaceTB/SmolLM2-135M-Instruct --teacher Qwen/Qwen2.5-Coder-0.5B-Instruct \\
         --prompts alpaca --n-train 64 --benchmarks mmlu math500 --n 20 --max-new-tokens 128 --recover-with 8 32 \\
         --out runs/smoke
-    python recover.py --preset mini --controls
+    python recover.py --preset mini --controls --out runs/mini-controls
 
 The second is the miniature (data/miniature.py): nothing to download, and minutes on a CPU. Each stage is a command of
 generate.py, train.py, evaluate.py or measure.py, printed as it starts, that can be run by hand as well:
@@ -128,6 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     missing = [f"--{name}" for name in ("student", "teacher", "out") if getattr(args, name) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)} (or --preset mini)")
+    if args.style_systems and args.preset:  # these come in the place of the preset's
+        args.openers = None
     if args.openers and (not all(args.openers) or any(a.startswith(b) for a, b in permutations(args.openers))):
         parser.error(f"--openers {args.openers} can't be told apart: neither may be empty or begin with the other")
     args.recover_lr = args.recover_lr or args.lr
@@ -174,7 +176,9 @@ def run_pair(args: argparse.Namespace, student: str, teacher: str, out: Path) ->
                 "dtype": str(resolve_device(args.device, args.dtype)[1]).removeprefix("torch.")}
     for role in ("student", "teacher"):
         options[f"{role}_revision"] = fingerprint(model_folder(options[role]))
-    _, prompts = load_prompts(args.prompts, 0, args.n_train + natives)
+    asked, prompts = load_prompts(args.prompts, 0, args.n_train + natives)
+    if args.style_systems and any(row["system"] is not None for row in asked):
+        raise UserError(f"--style-systems are system prompts, and {args.prompts} brings its own; take --openers")
     benchmarks = load_benchmarks(args.benchmarks, args.n, 0, args.levels)
     options["prompts_sha256"] = prompts["sha256"]
     options["benchmarks"] = {benchmark.name: benchmark.dataset["sha256"] for benchmark in benchmarks}

@@ -122,8 +122,10 @@ def _draw_arms(report: dict, benchmark: str, axes: "Axes") -> None:
         if not again:
             low, high = ([100 * entry["ci95"][i] for entry in entries] for i in (0, 1))
             axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.12, linewidth=0)
-        axes.plot(places, [100 * entry["accuracy"] for entry in entries], ":" if again else "-o" if arm == "recovered"
-                  else "--s", color=COLOURS["recovered"], markersize=5, label=arm.replace("_", " "))
+        by_epochs = arm.startswith("recovered_seed") or arm == "recovered"
+        line = (":" if by_epochs else "-.") if again else "-o" if by_epochs else "--s"
+        axes.plot(places, [100 * entry["accuracy"] for entry in entries], line, color=COLOURS["recovered"],
+                  markersize=5, label=arm.replace("_", " "))
         axes.set_xticks(places, ["0", *map(str, counts)])
     more = checkpoints.get("control_more_teacher")
     if more:  # as many examples as the last point's, of the teacher's
@@ -180,8 +182,7 @@ def draw_style(report: dict) -> "Figure":
                   label="accuracy")
         axes.plot(places, [100 * value for value in style], "--s", color=COLOURS["off_model"], markersize=5,
                   label="style: 0 base's, 100 the teacher's")
-        axes.set_ylim(min(0, *(100 * value for value in one["style"])) - 2,
-                      max(105, *(100 * value + 5 for value in one["style"])))
+        axes.set_ylim(min(0, *(100 * value for value in style)) - 2, max(105, *(100 * value + 5 for value in style)))
         axes.grid(axis="y", color=GRID)
     short = [name.replace("off_model_step_", "").replace("recovered_", "+") for name in one["path"]]
     panels[0].set_xticks(curves[0][0], short, rotation=60, fontsize=8)

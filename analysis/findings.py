@@ -58,7 +58,7 @@ def find(folder: Path) -> tuple[dict, Rows]:
     report |= losses(rows) | recoveries(rows)
     report["difficulty"] = difficulty(rows) if "off_model" in rows else {}
     report["style"] = styles(folder, rows, options.get("openers"))
-    report |= measures(folder)
+    report |= measures(folder, rows)
     report["together"] = together(report, rows)
     report["seconds"] = {place: stage["seconds"] for place, stage in stages.items()}
     return report, rows
@@ -191,8 +191,9 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     """
     worded = [benchmark for benchmark, graded in rows["base"].items() if in_words(graded)]
     chats = {"student": [folder / "native.jsonl", folder / "controls" / "native.jsonl"],
-             "teacher": [folder / "teacher.jsonl"]}
-    texts = {role: {str(path.relative_to(folder)): [row["response"] for row in read_rows(path, {"response": str})]
+             "teacher": [folder / "teacher.jsonl", folder / "controls" / "more_teacher.jsonl"]}
+    texts = {role: {str(path.relative_to(folder)): [(row["id"], row["response"])
+                                                    for row in read_rows(path, {"response": str})]
                     for path in paths if path.exists()} for role, paths in chats.items()}
     classifier = StyleClassifier.fit(*(sum(texts[role].values(), []) for role in ("student", "teacher")))
     found: dict = {"held_out": classifier.accuracy if classifier else None,
@@ -213,9 +214,10 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
     return found
 
 
-def measures(folder: Path) -> dict:
+def measures(folder: Path, evaluated: Rows) -> dict:
     """From measures/: "nll" of the training data under the student, "kl" {checkpoint: {rows: …}} from the base model,
-    and "ratio", the log-likelihood ratio of the two models for a checkpoint's responses; in nats per token."""
+    and "ratio", the log-likelihood ratio of the two models for a checkpoint's responses; in nats per token. The last
+    two of checkpoints that were `evaluated`."""
     found: dict[str, dict] = {"nll": {}, "kl": {}, "ratio": {}}
     for record in sorted((folder / "measures").glob("*/summary.json"), key=lambda path: _place(path.parent.name)):
         name = record.parent.name
@@ -231,7 +233,7 @@ def measures(folder: Path) -> dict:
                 both = [row for row in rows if row["id"] in others]  # a response may be too long for one of the two
                 found["ratio"].setdefault(checkpoint, {})[stem] = ratio(
                     [row["nll"] - others[row["id"]] for row in both], [row["tokens"] for row in both])
-            elif all(row.get("kl") is not None for row in rows):
+            elif name in evaluated and all(row.get("kl") is not None for row in rows):
                 found["kl"].setdefault(name, {})[stem] = ratio([row["kl"] for row in rows], tokens)
     return found
 

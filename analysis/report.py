@@ -108,8 +108,10 @@ def _abstract(report: dict, recovered: Sequence[int]) -> list[str]:
     said = [f"On {plain(benchmark)} there is {effect(drop)}." for benchmark, drop in report["drop"].items()]
     for benchmark in lost_benchmarks(report) if recovered else ():
         share, bounds = (report[f"recovered_{kind}"][benchmark][str(recovered[-1])] for kind in ("fraction", "ci95"))
-        said.append(f"SFT on {recovered[-1]} of its own responses to other prompts brought back "
-                    f"{_share(share, bounds)} of what {plain(benchmark)} lost.")
+        shown, after = _share(share, bounds), f"SFT on {recovered[-1]} of its own responses to other prompts"
+        back = bounds and bounds[0] is not None and bounds[0] > 0
+        said.append(f"{after} brought back {shown} of what {plain(benchmark)} lost." if back else
+                    f"There is no evidence that {after} brought back any of what {plain(benchmark)} lost ({shown}).")
     return [asked, " ".join(said)]
 
 
@@ -118,10 +120,10 @@ def _setup(report: dict) -> str:
     length = f"{had['steps']} steps" if had.get("steps") else f"{had['epochs']} epochs"
     levels = f" (of level {', '.join(map(plain, had['levels']))}, where there are levels)" if had.get("levels") else ""
     return (f"{had['n_train']} responses of the teacher, sampled at temperature {had['temperature']} and at most "
-            f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']}, {length} of at most "
-            f"{had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {plain(had['dtype'])}, seed "
-            f"{had['seed']}. Benchmarks{levels} are answered greedily. All options, checksums of the data and package "
-            "versions are in config.json, the commands and their times in stages.json; code revision "
+            f"{had['max_new_tokens']} tokens long; LoRA of rank {had['rank']}, {length}, steps of at "
+            f"most {had['batch_tokens']} tokens, peak learning rate {had['lr']:g}, weights in {plain(had['dtype'])}, "
+            f"seed {had['seed']}. Benchmarks{levels} are answered greedily. All options, checksums of the data and "
+            "package versions are in config.json, the commands and their times in stages.json; code revision "
             f"{plain(report['revision'] or 'unknown')}.")
 
 
@@ -146,7 +148,7 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
             if found["trend"] and benchmark in lost:
                 of = {"level": "level", "length": "the length of the base model's own solution (quarters)"}[kind]
                 slope, p = found["trend"]["slope"], found["trend"]["p"]
-                verb = "there is no evidence that the loss depends on" if p >= 0.05 else (
+                verb = "there is no evidence that the loss grows or shrinks with" if p >= 0.05 else (
                     f"the loss {'grows' if slope > 0 else 'shrinks'} with")
                 sentences.append(f"On {plain(benchmark)} {verb} {of} ({slope:+.1f} points a step, p = {_p(p)}; "
                                  "permutation test over problems).")
@@ -257,8 +259,9 @@ def _add_transcripts(page: Page, rows: Rows, benchmark: str, recovered: Sequence
     texts = [row["response"] for row in chosen]
     parting = next((i for i, (a, b) in enumerate(zip(*texts[:2], strict=False)) if a != b), min(map(len, texts[:2])))
     start = max(0, parting - SHOWN // 2)
-    paragraphs = [f"Problem {plain(chosen[0]['id'])} of {plain(benchmark)}; the right answer is "
-                  f"{plain(chosen[0]['gold'])}. The first two responses part at ⟪⟫, after {parting} characters.",
+    paragraphs = [f"Problem {plain(chosen[0]['id'])} of {plain(benchmark)}, chosen among those that base solved and "
+                  f"off_model did not; the reference is {plain(chosen[0]['gold'])}. The first two responses part at "
+                  f"⟪⟫, after {parting} characters.",
                   fence(chosen[0]["prompt"])]
     for i, (name, row) in enumerate(zip(names, chosen, strict=True)):
         said = "right" if row["correct"] else "no answer" if row.get("extracted") is None else "wrong"
@@ -274,7 +277,7 @@ def _limits(report: dict) -> list[str]:
     for benchmark, drop in report["drop"].items():
         half = (drop["ci95"][1] - drop["ci95"][0]) / 2
         limits.append(f"On {plain(benchmark)} (n = {report['checkpoints']['base'][benchmark]['n']}) losses below about "
-                      f"{half:.1f} points can't be seen.")
+                      f"{half:.1f} points are missed more often than not.")
         entry = report["checkpoints"]["off_model"][benchmark]
         if entry["truncated"] > 0.2 * entry["n"]:
             limits.append(f"On {plain(benchmark)} {entry['truncated']} of {entry['n']} off-model responses were cut at "

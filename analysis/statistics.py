@@ -90,7 +90,7 @@ def trend(differences: Sequence[float], ranks: Sequence[float], seed: int = 0) -
     if not places.any() or not (values - values.mean()).any():
         return {"slope": 0.0, "p": 1.0}
     rng = np.random.default_rng(seed)
-    shuffled = np.array([rng.permutation(places) for _ in range(9_999)]) @ values
+    shuffled = np.array([rng.permutation(places) @ values for _ in range(9_999)])
     observed = places @ values
     # the observed order is one of the possible ones: never a p of 0
     p = (1 + (np.abs(shuffled) >= abs(observed) - 1e-9).sum()) / 10_000

@@ -29,27 +29,31 @@ class StyleClassifier:
     """Character n-grams (1 to 4, tf-idf) and logistic regression, which tells two models' responses apart."""
 
     model: "Pipeline"
-    accuracy: float  # held out, in 5-fold cross-validation: the mean of the two classes' shares of right ones
+    accuracy: float  # held out, in 5-fold cross-validation by prompt: the mean of the classes' shares of right ones
 
     @classmethod
-    def fit(cls, student: Sequence[str], teacher: Sequence[str]) -> "StyleClassifier | None":
-        """From responses of both to chat prompts; None where there are fewer than LEAST of either."""
+    def fit(cls, student: Sequence[tuple[str, str]], teacher: Sequence[tuple[str, str]]) -> "StyleClassifier | None":
+        """From both models' (prompt's id, response) to chat prompts; None where there are fewer than LEAST of either.
+
+        What both wrote to a prompt is held out together: else a held-out response would find its own words among the
+        other model's, and be taken for theirs.
+        """
         if min(len(student), len(teacher)) < LEAST:
             return None
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import balanced_accuracy_score
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
         from sklearn.pipeline import make_pipeline
 
-        texts, labels = [*student, *teacher], [0] * len(student) + [1] * len(teacher)
+        (prompts, texts), labels = zip(*student, *teacher, strict=True), [0] * len(student) + [1] * len(teacher)
         # lower-casing and accents are style too; counts of n-grams grow slower than the text
         model = make_pipeline(
             TfidfVectorizer(analyzer="char", ngram_range=(1, 4), min_df=2, lowercase=False, sublinear_tf=True,
                             max_features=50_000),
             LogisticRegression(C=10.0, class_weight="balanced", max_iter=1_000))
-        folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        accuracy = balanced_accuracy_score(labels, cross_val_predict(model, texts, labels, cv=folds))
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+        accuracy = balanced_accuracy_score(labels, cross_val_predict(model, texts, labels, groups=prompts, cv=folds))
         return cls(model.fit(texts, labels), float(accuracy))
 
     def scores(self, responses: Sequence[str]) -> list[float]:

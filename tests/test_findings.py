@@ -134,7 +134,7 @@ def test_style_and_distance_are_told_apart_only_where_they_differ(tmp_path: Path
     assert "clear of 0 is off_model_step_4" in text
     kl["control_native"] = 0.6
     text = claim(tmp_path / "apart", whole)
-    assert "control_native moved at least 0.8 times as far and lost less" in text
+    assert "control_native moved at least as far and lost less" in text
     few = {name: whole[name] for name in ("base", "teacher", "off_model_step_4", "off_model", "recovered_8")}
     kl = {name: value for name, value in kl.items() if name in few}
     assert "correlation" not in claim(tmp_path / "few", few)
@@ -245,13 +245,17 @@ def test_style_classifier_and_features() -> None:
     def texts(mark: str, count: int) -> list[str]:
         return [f"{mark} {' '.join(rng.choices(words, k=12))}" for _ in range(count)]
 
-    classifier = StyleClassifier.fit(texts("Okay:", 60), texts("Consider:", 20))
+    def by_prompt(*responses: str) -> list[tuple[str, str]]:
+        return [(str(i), response) for i, response in enumerate(responses)]
+
+    classifier = StyleClassifier.fit(by_prompt(*texts("Okay:", 60)), by_prompt(*texts("Consider:", 20)))
     assert classifier.accuracy > 0.95
     theirs, own = classifier.scores(["Consider: 7 x 8", "Okay: 7 x 8"])
     assert theirs > 0 > own
-    alike = StyleClassifier.fit(texts("Okay:", 100), texts("Okay:", 100))
-    assert 0.35 < alike.accuracy < 0.65  # held out: nothing to learn, whatever was memorised
-    assert StyleClassifier.fit(["a"] * 9, ["b"] * 20) is None
+    same = by_prompt(*texts("Okay:", 100))
+    for other in (by_prompt(*texts("Okay:", 100)), same):  # nothing to learn; nor is it the other's where both wrote it
+        assert 0.35 < StyleClassifier.fit(same, other).accuracy < 0.65
+    assert StyleClassifier.fit(by_prompt(*"a" * 9), by_prompt(*"b" * 20)) is None
     found = features(["# Title\n1. Wait, **no**\n2. Step two $x$\n- \\(y\\)", "plain words only"])
     assert found["steps"] == 2.0 and found["markdown"] == 1.0 and found["formulas"] == 1.0
     assert found["self-corrections"] == 0.5 and found["words"] == (11 + 3) / 2
