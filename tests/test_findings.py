@@ -190,6 +190,9 @@ def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
     halfway = {"base": "+-+-" * 5, "off_model_step_4": "----" * 5}
     folder = experiment(tmp_path / "half", halfway, {"off_model_step_4": 1})
     assert write_report(folder)["drop"] == {}
+    experiment(tmp_path / "unevaluated", {"base": "+-" * 40, "off_model": "--" * 40},
+               {"off_model": 0.1, "control_native": 0.1})
+    assert list(write_report(tmp_path / "unevaluated")["kl"]) == ["off_model"]
     folder = experiment(tmp_path / "levels", {"base": "+" * 40, "off_model": "-" * 20 + "+" * 20})
     for name in ("base", "off_model"):
         rows = read_rows(folder / "evals" / name / "my.jsonl")

@@ -307,6 +307,11 @@ def test_recover_hands_every_training_option_on() -> None:
     assert set(vars(parser.parse_args([]))) == set(recover.TRAINING) | set(train.NEW_ADAPTER) | by_stage
 
 
+def test_styles_that_are_given_come_before_the_presets_openers() -> None:
+    given = recover.parse(["--preset", "mini", "--style-systems", "Be plain.", "Be brief."])
+    assert given.openers is None and recover.parse(["--preset", "mini"]).openers is not None
+
+
 def test_an_opener_is_part_of_the_response(script: Script, tiny: Path, prompts: Path, problems: Path,
                                            tmp_path: Path) -> None:
     """What is sampled behind an opener is what is sampled behind the same text in the prompt."""
@@ -571,6 +576,8 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
     shutil.copy(problems, tmp_path / "sums.jsonl")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
+    spoken = tmp_path / "spoken.jsonl"
+    write_rows(spoken, [{"id": str(i), "prompt": "x", "system": "Be brief."} for i in range(6)])
     generate = ("generate.py", "--out", out / "rows.jsonl", "--prompts")
     train = ("train.py", "--out", out, "--model", tiny, "--data")
     evaluate = ("evaluate.py", "--model", tiny, "--benchmarks")
@@ -634,6 +641,8 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
         (("recover.py", "--preset", "maxi"), "maxi"),
         (("recover.py", "--preset", "mini", "--openers", "Okay", "Okay so", "--out", out), "can't be told apart"),
+        (("recover.py", "--preset", "mini", "--style-systems", "A", "B", "--prompts", spoken, "--n-train", 2,
+          "--recover-with", 2, "--out", out), "brings its own"),
     ]
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     for messages in ([], "q", [user], [user, user], [assistant, user], [user, assistant, user], [user, {"role": "x"}],
