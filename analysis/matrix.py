@@ -42,8 +42,8 @@ def write_matrix(folder: Path) -> dict[str, dict]:
         draw_matrix(reports, benchmarks).savefig(part, format="png")
     write_text(folder / "matrix.md", "\n".join([
         "# Off-model SFT: pairs of student and teacher", "",
-        "Points lost by SFT on the teacher's responses, with 95 % bootstrap intervals over problems; behind it base's "
-        "accuracy and the off-model student's, in %. An interval that covers 0 is no evidence of a loss.", "",
+        "Points lost by SFT on the teacher's responses, with 95 % intervals over problems, each by itself; behind it "
+        "base's accuracy and the off-model student's, in %. An interval that covers 0 is no evidence of a loss.", "",
         table(["student", "teacher", *benchmarks], body), "", "![drops](matrix.png)", "",
         *(f"- [{plain(cell)}]({quote(cell)}/report.md)" for cell in reports), ""]))
     write_json(folder / "matrix.json", drops)

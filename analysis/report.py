@@ -131,9 +131,9 @@ def _add_losses(page: Page, report: dict, benchmarks: Sequence[str]) -> None:
     """What was lost, what became of it, and on which problems."""
     base, off = (report["checkpoints"][name] for name in ("base", "off_model"))
     page.add("What SFT on the teacher's responses cost",
-             "Points lost from base to off_model: bootstrap interval over problems, McNemar's mid-p. Then what became "
-             "of the problems that base had right: cut at the limit, ended without an answer, answered wrong. Where "
-             "most are cut, a higher --max-new-tokens may show that nothing was lost.",
+             "Points lost from base to off_model: 95 % interval over problems (Agresti and Min), McNemar's mid-p. Then "
+             "what became of the problems that base had right: cut at the limit, ended without an answer, answered "
+             "wrong. Where most are cut, a higher --max-new-tokens may show that nothing was lost.",
              table(["benchmark", "lost, points", "95 %", "p", "cut", "no answer", "wrong", "gained",
                     "all cut, base → off", "all without an answer"],
                    [[name, *_points(drop), _p(drop["p"]),
