@@ -42,7 +42,9 @@ def judge(module: str, items: Sequence[tuple[str, ...]], workers: int | None = N
     distinct = list(dict.fromkeys(items))
     if not distinct:
         return []
-    count = min(workers or len(os.sched_getaffinity(0)), len(distinct))  # more would wait, and ASLEEP counts that
+    # those that this process may use, where the system tells: more workers would wait, and ASLEEP counts that
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(distinct))
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
     def ask(item: tuple[str, ...]) -> object:

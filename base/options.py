@@ -20,8 +20,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str | None) -> None:
         class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             def _get_help_string(self, action: argparse.Action) -> str:
-                if action.required or action.default is None or action.default in ("", [], {}) \
-                        or action.default is False:
+                if action.required or action.default is False or action.default in (None, "", [], {}):
                     return action.help or ""
                 return super()._get_help_string(action) or ""
 

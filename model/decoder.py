@@ -43,7 +43,7 @@ def recomputable(x: Tensor, recipe: Callable[..., Tensor], *ingredients: Tensor)
     """x, with a note that it is recipe(*ingredients).
 
     An adapter that needs its input again for a gradient then keeps the ingredients, which autograd keeps anyway, and
-    not the input (`_AdaptedProduct` in lora.py): a third less of what a training step keeps, for two cheap passes.
+    not the input (`_AdaptedProduct` in lora.py): a third less of what a training step keeps, for a few cheap passes.
     """
     x.recipe = recipe, ingredients
     return x
