@@ -94,8 +94,8 @@ def claims(report: dict, rows: Rows) -> list[dict]:
     most = max(arms(list(rows)).get("recovered", [0]))
     native, more = f"recovered_{most}", "control_more_teacher"
     claim("More training of any kind", [more, native], lambda benchmark: (
-        f"On {benchmark} {most} native examples bring {effect(versus(native, benchmark), 'gain')}, as many of the "
-        f"teacher's in the same steps {effect(versus(more, benchmark), 'gain')}; of the first over the second "
+        f"On {benchmark}, {most} native examples: {effect(versus(native, benchmark), 'gain')}; as many of the "
+        f"teacher's in the same steps: {effect(versus(more, benchmark), 'gain')}; the first over the second: "
         f"{effect(versus(native, benchmark, more), 'gain')}."))
 
     def switched(benchmark: str) -> str:
