@@ -74,8 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """A model and benchmarks in, graded rows and a summary out."""
     args = parse(argv)
-    if args.rescore is not None and not (args.rescore / "summary.json").exists():
-        raise UserError(f"{args.rescore} has no summary.json: it is no finished evaluation")
+    if args.rescore is not None and not args.rescore.is_dir():
+        raise UserError(f"there is no folder {args.rescore}")
     with alone((args.rescore or args.out) / ".lock"):
         if args.rescore is not None:
             rescore(args.rescore)
@@ -175,6 +175,8 @@ def rescore(folder: Path) -> None:
     """Grade a folder's saved responses again and rewrite rows and summary."""
     from analysis.statistics import summarise
 
+    if not (folder / "summary.json").exists():
+        raise UserError(f"{folder} has no summary.json: it is no finished evaluation")
     summary = read_json(folder / "summary.json", {str: {"grader": str, "correct": int}})
     for name, entry in summary.items():
         path = inside(folder, f"{name}.jsonl")

@@ -40,7 +40,7 @@ def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, r
     rows = [row | {"id": str(i)} for i, row in enumerate(rows)]
     try:
         write_rows(path, rows)
-    except UnicodeEncodeError:  # a lone surrogate, which no row that was read has
+    except UserError:  # a lone surrogate, which no row that was read has
         assert re.search(r"[\ud800-\udfff]", repr(rows)) or "\\ud" in repr(rows)
         return
     assert repr(read_rows(path)) == repr(rows)  # NaN is not equal to itself

@@ -635,7 +635,7 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*evaluate, tmp_path / "none.jsonl", "--out", out), "none.jsonl"),
         ((*evaluate, rows, "--out", out), "the field problem is missing"),
         (("evaluate.py", "--rescore", tmp_path / "thesis"), "no summary.json"),
-        (("evaluate.py", "--rescore", tmp_path / "thesys"), "no summary.json"),
+        (("evaluate.py", "--rescore", tmp_path / "thesys"), "there is no folder"),
         (("evaluate.py", "--model", tiny), "--benchmarks"),
         ((*measure, rows), "--responses are told apart"),
         (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
