@@ -121,7 +121,7 @@ def test_layout_of_weights_and_parts_of_the_head_change_no_row(tiny: Path, monke
     """Weights as loaded and turned, the head at once and in parts: the same tokens and log-probabilities to the bit."""
     found = []
     for turned, part in ((10**9, 8192), (0, 8192), (0, 64)):
-        monkeypatch.setattr("model.sampler.WORTH_TURNING", turned)
+        monkeypatch.setattr("model.sampler.WORTH_TRANSPOSING", turned)
         monkeypatch.setattr("model.decoder.VOCABULARY_PART", part)
         model = weights.load(tiny, torch.device("cpu"), torch.float32)
         assert model.config.vocab_size > 64
