@@ -43,7 +43,7 @@ import train
 from base.errors import UserError, run_script
 from base.files import alone, inside, read_json, read_text, same_run_folder, sha256, whole, write_json, write_record
 from base.hub import fingerprint, model_folder
-from base.options import Parser, device_options, number, positive_int, resolve_device, temperature
+from base.options import Parser, device_options, nonempty, number, positive_int, resolve_device, temperature
 from data.benchmarks import load_benchmarks
 from data.prompts import load_prompts
 from data.rows import RESPONSE, read_rows
@@ -79,8 +79,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="mini: defaults for all options, for the miniature")
-    parser.add_argument("--student", nargs="+", metavar="M", help="hub names or folders of the models to fine-tune")
-    parser.add_argument("--teacher", nargs="+", metavar="M", help="hub names or folders of the models to learn from")
+    parser.add_argument("--student", type=nonempty, nargs="+", metavar="M",
+                        help="hub names or folders of the models to fine-tune")
+    parser.add_argument("--teacher", type=nonempty, nargs="+", metavar="M",
+                        help="hub names or folders of the models to learn from")
     parser.add_argument("--prompts", default="alpaca", metavar="P", help=generate.PROMPTS)
     parser.add_argument("--n-train", type=positive_int, default=1000, metavar="N", help="teacher responses")
     parser.add_argument("--benchmarks", nargs="+", default=["mmlu", "ifeval", "math500", "olympiads"],
@@ -110,8 +112,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=positive_int, default=512, help="limit of a response, everywhere")
     parser.add_argument("--temperature", type=temperature, default=0.7,
                         help="of training data; benchmarks are answered greedily")
-    parser.add_argument("--recover-epochs", type=positive_int, default=2, help="passes over the native examples")
-    parser.add_argument("--recover-steps", type=positive_int, metavar="S",
+    parser.add_argument("--recover-epochs", type=train.EPOCHS, default=2, help="passes over the native examples")
+    parser.add_argument("--recover-steps", type=train.STEPS, metavar="S",
                         help="besides, every N in the same number of steps: by epochs, more examples are more steps")
     parser.add_argument("--recover-lr", type=number(float, above=0, high=1e30),
                         help="peak learning rate of recovery (default: --lr)")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 LESS_MEMORY = "a lower --micro-batch-tokens, or --checkpoint-activations,"
 TRAINED_IN = ("float32", "bfloat16")  # in float16 gradients underflow
+EPOCHS, STEPS = number(int, low=1, high=10**4), number(int, low=1, high=10**6)  # the plan of all steps is in memory
 STATE = "training_state.safetensors"
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 METRICS = {"step": int, "loss": float, "seconds": float}
@@ -105,8 +106,8 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=number(float, above=0, high=1e30), default=2e-4, help="peak learning rate")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=number(float, low=0, high=1), default=0.1, help="share of the steps")
-    group.add_argument("--epochs", type=number(int, low=1, high=10**4), default=2, help="passes over the data")
-    group.add_argument("--steps", type=number(int, low=1, high=10**6), help="optimiser steps, instead of --epochs")
+    group.add_argument("--epochs", type=EPOCHS, default=2, help="passes over the data")
+    group.add_argument("--steps", type=STEPS, help="optimiser steps, instead of --epochs")
     group.add_argument("--batch-tokens", type=positive_int, default=4096,
                        help="tokens of an optimiser step, at most; a longer conversation is a step of its own")
     group.add_argument("--micro-batch-tokens", type=positive_int,

@@ -158,9 +158,9 @@ def _moves(benchmark: str, one: dict, report: dict, away: dict[str, dict]) -> li
     if len(parts) == 2 and all(one[f"accuracy_and_{kind}"]["ci95"][1] < 0 for kind in ("style", "kl")):
         said.append("Both fall as accuracy rises, as either explanation predicts: this path does not separate them.")
     # checkpoints off the path may: at least as far from base as off_model, and less lost
-    moved = {name: of[benchmark]["ci95"] for name, of in report["kl"].items() if benchmark in of}
-    far = [name for name, less in away.items() if {name, "off_model"} <= moved.keys()
-           and moved[name][0] >= moved["off_model"][1] and less["ci95"][0] > 0]
+    distance = {name: of[benchmark]["ci95"] for name, of in report["kl"].items() if benchmark in of}
+    far = [name for name, less in away.items() if {name, "off_model"} <= distance.keys()
+           and distance[name][0] >= distance["off_model"][1] and less["ci95"][0] > 0]
     if far:
         said.append(f"But {', '.join(far)} moved at least as far and lost less: distance alone is not the cause.")
     return said

@@ -118,12 +118,11 @@ def _draw_arms(report: dict, benchmark: str, axes: "Axes") -> None:
     for arm, counts in there.items():
         entries = [off, *(checkpoints[f"{arm}_{n}"][benchmark] for n in counts)]
         places = range(len(entries))  # evenly spaced: the Ns are chosen by doubling or so
-        again = "_seed_" in arm
+        again, in_steps = "_seed_" in arm, arm.startswith("recovered_in_")
         if not again:
             low, high = ([100 * entry["ci95"][i] for entry in entries] for i in (0, 1))
             axes.fill_between(places, low, high, color=COLOURS["recovered"], alpha=0.12, linewidth=0)
-        by_epochs = arm.startswith("recovered_seed") or arm == "recovered"
-        line = (":" if by_epochs else "-.") if again else "-o" if by_epochs else "--s"
+        line = ("-." if in_steps else ":") if again else "--s" if in_steps else "-o"
         axes.plot(places, [100 * entry["accuracy"] for entry in entries], line, color=COLOURS["recovered"],
                   markersize=5, label=arm.replace("_", " "))
         axes.set_xticks(places, ["0", *map(str, counts)])

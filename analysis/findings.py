@@ -215,9 +215,9 @@ def styles(folder: Path, rows: Rows, openers: Sequence[str] | None) -> dict:
 
 
 def measures(folder: Path, evaluated: Rows) -> dict:
-    """From measures/: "nll" of the training data under the student, "kl" {checkpoint: {rows: …}} from the base model,
-    and "ratio", the log-likelihood ratio of the two models for a checkpoint's responses; in nats per token. The last
-    two of checkpoints that were `evaluated`."""
+    """From measures/: "nll" of the training data under the student, "kl" {checkpoint: {rows: …}} from the base model
+    of those that were `evaluated`, and "ratio", the log-likelihood ratio of the two models for a checkpoint's
+    responses; in nats per token."""
     found: dict[str, dict] = {"nll": {}, "kl": {}, "ratio": {}}
     for record in sorted((folder / "measures").glob("*/summary.json"), key=lambda path: _place(path.parent.name)):
         name = record.parent.name

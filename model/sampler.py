@@ -102,10 +102,11 @@ class Sampler:
             return
         if self.max_new_tokens > WORTH_TRANSPOSING:
             transpose_weights(self.model)
+        slots = min(self.slots, len(waiting))
         if self.model.device.type == "cpu":
-            self._logits = torch.empty(min(self.slots, len(waiting)) + GROUP, self.model.config.vocab_size)
+            self._logits = torch.empty(slots + GROUP, self.model.config.vocab_size)
         cache, tree = self._open(waiting)
-        steps = _Steps(self, cache, len(waiting), width=max(row.longest for row in waiting) + 1)
+        steps = _Steps(self, cache, slots, width=max(row.longest for row in waiting) + 1)
         live: list[_Row] = []
         while waiting or live:
             new = self._admit(waiting, live, cache, tree)
@@ -343,12 +344,12 @@ class _Steps:
     """Decode steps in which the device goes on with the tokens that it chose: `count` of them between two looks of the
     host. On a GPU a step is a CUDA graph, one for each number of rows that `_padded` gives."""
 
-    def __init__(self, sampler: Sampler, cache: KVCache, rows: int, width: int) -> None:
-        """`rows` to be sampled in all; `width`: blocks in a row's table, the positions that `count` steps may go beyond
-        a row's end included."""
+    def __init__(self, sampler: Sampler, cache: KVCache, slots: int, width: int) -> None:
+        """`slots`: most rows of a step; `width`: blocks in a row's table, the positions that `count` steps may go
+        beyond a row's end included."""
         self.sampler, self.cache = sampler, cache
         self.device = sampler.model.device
-        slots = self._padded(min(sampler.slots, rows))
+        slots = self._padded(slots)
         self.count = steps_at_once(self.device)
         place = {"device": self.device}
         self.tokens = torch.zeros(slots, dtype=torch.long, **place)

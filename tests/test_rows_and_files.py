@@ -10,7 +10,7 @@ from conftest import run_process
 
 from base.errors import UserError
 from base.files import alone, inside, misfit, read_json, same_run, same_run_folder, whole, write_record, write_text
-from base.hub import fingerprint, revision
+from base.hub import fingerprint, model_folder, revision
 from data.prompts import load_prompts
 from data.rows import GrowingRows, read_rows, write_rows
 
@@ -140,6 +140,17 @@ def test_fingerprint_notices_other_weights_and_not_another_record(tiny: Path, tm
     before = fingerprint(adapter)
     (adapter / "config.json").write_text('{"seconds": 5}')  # the training run's record
     assert fingerprint(adapter) == before
+
+
+def test_a_network_that_fails_in_a_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise errors.HTTPError("the connection was reset")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="nobody/nothing could not be fetched from the hub: the connection was reset"):
+        model_folder("nobody/nothing")
 
 
 def test_a_name_in_a_file_stays_in_its_folder(tmp_path: Path) -> None:

@@ -640,6 +640,8 @@ def test_bad_input(script: Script, tiny: Path, prompts: Path, problems: Path, ro
         ((*measure, rows), "--responses are told apart"),
         (("recover.py", "--student", tiny, "--out", out), "required: --teacher (or --preset mini)"),
         (("recover.py", "--preset", "maxi"), "maxi"),
+        (("recover.py", "--student", "", "--teacher", tiny, "--out", out), "the name is empty"),
+        (("recover.py", "--preset", "mini", "--recover-epochs", 10**9, "--out", out), "--recover-epochs"),
         (("recover.py", "--preset", "mini", "--openers", "Okay", "Okay so", "--out", out), "can't be told apart"),
         (("recover.py", "--preset", "mini", "--style-systems", "A", "B", "--prompts", spoken, "--n-train", 2,
           "--recover-with", 2, "--out", out), "brings its own"),

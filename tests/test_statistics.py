@@ -48,6 +48,7 @@ def test_mcnemar_and_paired_difference() -> None:
     same = paired_difference(before[:20], before[:20])
     assert (same["points"], same["p"]) == (0, 1.0)
     assert same["ci95"][0] < -5 and same["ci95"][1] > 5  # 20 problems without a change are no proof that there is none
+    assert found == paired_difference(before, after)
     # a prime minister's ratings (Agresti 2002, table 10.1), 86 lost and 150 gained of 1,600: Wald's interval 2.1 to 5.9
     ratings = [True] * 880 + [False] * 720, [True] * 794 + [False] * 86 + [True] * 150 + [False] * 570
     assert paired_difference(*ratings)["ci95"] == pytest.approx([-5.9, -2.1], abs=0.06)
