@@ -115,7 +115,8 @@ def training_options(parser: argparse.ArgumentParser) -> None:
                        "that dropout hits (default: 512, on a GPU 4096)")
     group.add_argument("--checkpoint-activations", action="store_true",
                        help="keep each block's input alone and compute it again for the gradient: far less memory, a "
-                       "third more work, the same result")
+                       "third more work, the same result (without it: in some blocks, for a conversation longer than "
+                       "--micro-batch-tokens)")
     group.add_argument("--clip", type=number(float, above=0), default=1.0, help="largest norm of the gradient")
     group.add_argument("--weight-decay", type=number(float, low=0), default=0.0, help="decoupled, as AdamW's")
     group.add_argument("--prompt-loss-weight", type=number(float, low=0, high=1), default=0.0,
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from data.packing import group, plan_steps
+    from data.packing import micro_batches, plan_steps
     from model import lora, weights
     from model.chat import Chat
     from model.config import read_config
@@ -211,13 +212,14 @@ def run(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # with --full the weights are float32 whatever --dtype is, and the products run in --dtype
-    if args.dry_run:  # its shapes alone
+    if args.from_scratch and args.dry_run:
         with torch.device("meta"):
             model = Decoder(shape)
     elif args.from_scratch:
         model = weights.initialise(folder, device, args.seed)
     else:
-        model = weights.load(folder, device, torch.float32 if args.full else dtype)
+        place = torch.device("meta") if args.dry_run else device  # there tensors are shapes alone
+        model = weights.load(folder, place, torch.float32 if args.full else dtype, narrow=not args.full)
     if args.full:
         model.requires_grad_(True)
     elif args.adapter:
@@ -226,9 +228,8 @@ def run(args: argparse.Namespace) -> None:
         config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets))
         lora.attach(model, config, args.seed)
     model.train()
-    model.checkpoint_activations = args.checkpoint_activations
     if args.dry_run:
-        dry_run(model, examples, plan, args.micro_batch_tokens, dtype)
+        dry_run(model, examples, plan, args, dtype)
         return
     autocast = args.full and dtype != torch.float32
     precision = torch.autocast(device.type, dtype) if autocast else contextlib.nullcontext()
@@ -236,9 +237,9 @@ def run(args: argparse.Namespace) -> None:
     @torch.no_grad()
     def validation_loss() -> float:
         model.eval()
-        parts = group(range(len(validation)), [len(example.tokens) for example in validation], args.micro_batch_tokens)
+        parts = micro_batches(validation, args.micro_batch_tokens)
         with precision:
-            total = sum(summed_nll(model, [validation[i] for i in part], args.prompt_loss_weight).item()
+            total = sum(summed_nll(model, part, args.prompt_loss_weight).item()
                         for part in tqdm(parts, "validation", leave=False, disable=None))
         model.train()
         if not math.isfinite(total):
@@ -267,14 +268,8 @@ def run(args: argparse.Namespace) -> None:
             lr = learning_rate(step, len(plan), args.lr, args.schedule, args.warmup)
             for parameter_group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 parameter_group["lr"] = lr
-            total = sum(examples[i].weight(args.prompt_loss_weight) for i in plan[step])
-            loss = 0.0
-            for part in group(plan[step], lengths, args.micro_batch_tokens):
-                with precision:
-                    nll = summed_nll(model, [examples[i] for i in part], args.prompt_loss_weight)
-                # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
-                (nll / total).backward()
-                loss += nll.item() / total
+            loss = add_gradients(model, [examples[i] for i in plan[step]], args.micro_batch_tokens,
+                                 args.checkpoint_activations, args.prompt_loss_weight, precision)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), args.clip).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 ids = ", ".join(examples[i].id for i in plan[step][:10])
@@ -312,6 +307,34 @@ def run(args: argparse.Namespace) -> None:
           f"the last, {sum(row['seconds'] for row in metrics.rows.values()):.0f} s")
 
 
+def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_tokens: int,
+                  checkpoint_activations: bool = False, prompt_loss_weight: float = 0.0,
+                  precision: contextlib.AbstractContextManager = contextlib.nullcontext()) -> float:  # noqa: B008
+    """The loss of an optimiser step over `examples`, forward passes in `precision`; parameters get their gradients.
+
+    A conversation longer than `micro_batch_tokens` is a pass of its own; so many blocks checkpoint their activations
+    that the others keep no more than those tokens would take: memory is bounded whatever the data.
+    """
+    from data.packing import micro_batches
+
+    total = sum(example.weight(prompt_loss_weight) for example in examples)
+    loss = 0.0
+    for part in micro_batches(examples, micro_batch_tokens):
+        model.checkpointed = checkpointed_blocks(model, part, micro_batch_tokens, checkpoint_activations)
+        with precision:
+            nll = summed_nll(model, part, prompt_loss_weight)
+        # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
+        (nll / total).backward()
+        loss += nll.item() / total
+    return loss
+
+
+def checkpointed_blocks(model: "Decoder", part: list["Example"], micro_batch_tokens: int, all_of_them: bool) -> int:
+    """How many blocks keep their input alone in a forward pass over `part`."""
+    beyond = max(0.0, 1 - micro_batch_tokens / sum(len(example.tokens) for example in part))
+    return math.ceil(model.config.num_layers * (1 if all_of_them else beyond))
+
+
 def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: float = 0.0) -> "torch.Tensor":
     """The examples' loss by one forward pass over all of them: the sum, to be divided by the step's weights."""
     from data.packing import pack
@@ -324,19 +347,23 @@ def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: 
     return chunked_nll(hidden[batch.sources], model.lm_head.weight, batch.targets, batch.token_weights)
 
 
-def dry_run(model: "Decoder", examples: list["Example"], plan: list[list[int]], micro_batch_tokens: int,
+def dry_run(model: "Decoder", examples: list["Example"], plan: list[list[int]], args: argparse.Namespace,
             dtype: "torch.dtype") -> None:
     """Print the longest conversations and an estimate of a step's memory."""
-    from data.packing import group
+    from data.packing import micro_batches
     from model.memory import training_memory
 
-    lengths = [len(example.tokens) for example in examples]
     longest = sorted(examples, key=lambda example: -len(example.tokens))[:5]
     print("longest: " + ", ".join(f"{example.id} ({len(example.tokens)} tokens)" for example in longest))
-    largest = max(sum(lengths[i] for i in part) for step in plan for part in group(step, lengths, micro_batch_tokens))
-    parts = training_memory(model, largest, dtype)
+    passes = [part for step in plan for part in micro_batches([examples[i] for i in step], args.micro_batch_tokens)]
+    estimates = []
+    for part in passes:
+        model.checkpointed = checkpointed_blocks(model, part, args.micro_batch_tokens, args.checkpoint_activations)
+        tokens = sum(len(example.tokens) for example in part)
+        estimates.append((training_memory(model, tokens, dtype), tokens))
+    parts, largest = max(estimates, key=lambda estimate: sum(estimate[0].values()))
     listing = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
-    print(f"memory: about {sum(parts.values()) / 1e6:,.1f} MB and the libraries, with {largest} tokens in the largest "
+    print(f"memory: about {sum(parts.values()) / 1e6:,.1f} MB and the libraries, with {largest} tokens in the fullest "
           f"forward pass ({listing}); nothing was trained")
 
 

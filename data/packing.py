@@ -78,6 +78,26 @@ def group(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator
         yield run
 
 
+def micro_batches(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """An optimiser step's examples in few forward passes of at most `budget` tokens each (or of one longer example).
+
+    Longest first, each into the first pass that has room for it (first-fit decreasing): fewer and fuller passes than in
+    the order of the step, which its sum of losses does not depend on. And what the first pass, about the largest, got
+    from the allocator serves those behind it.
+    """
+    passes: list[list[Example]] = []
+    tokens: list[int] = []  # in each of them
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        length = len(example.tokens)
+        i = next((i for i, taken in enumerate(tokens) if taken + length <= budget), len(passes))
+        if i == len(passes):
+            passes.append([])
+            tokens.append(0)
+        passes[i].append(example)
+        tokens[i] += length
+    return passes
+
+
 def pack(examples: Sequence[Example], device: torch.device, prompt_weight: float = 0.0) -> Batch:
     """Lay examples one behind the other; supervised tokens weigh 1, all others `prompt_weight`.
 

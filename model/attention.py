@@ -146,12 +146,12 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], share
     mixed = []
     for q1, k1, v1 in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         again = shared if mixed else 0
-        if again:
+        if shared:  # the first one's are copied too: autograd would keep all of q, k and v for a part of each
             q1, k1, v1 = (torch.cat((x[:again], x1)) for x, x1 in ((q, q1), (k, k1), (v, v1)))
         q1, k1, v1 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))  # (1, H or K, L, D)
         one = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True, enable_gqa=True)
         mixed.append(one[0].transpose(0, 1)[again:])
-    return torch.cat(mixed)
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]  # a copy of it would be kept for the gradient beside it
 
 
 def attend_packed_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], shared: int = 0) -> Tensor:

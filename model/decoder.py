@@ -8,6 +8,7 @@ Shapes: T tokens, E hidden_size, H query heads, K key/value heads, D head_dim, F
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,10 @@ if torch.cuda.is_available():  # Triton comes with torch's builds for GPUs alone
     from model import kernels
 
 ONE_DNN = torch.backends.mkldnn.is_available()
+# oneDNN, and PyTorch's layer above it, keep what they compiled for the last 1,024 shapes, 0.7 MB each, and a pass of
+# another number of tokens has 14 new ones: read at the first product, unless the user has set them
+for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_variable, "64")
 VOCABULARY_PART = 8192  # tokens in one product of the head, where the logits go to a given place
 
 
@@ -31,7 +36,11 @@ def fused(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, in) times weight (out, in), to (…, out); a row comes out the same whatever the others are (LOG.md)."""
+    """x (…, in) times weight (out, in), to (…, out); a row comes out the same whatever the others are (LOG.md).
+
+    A weight of another dtype (`weights.load`, `narrow`) is made x's for the time of the product.
+    """
+    weight = weight.to(x.dtype)
     plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     if x.device.type == "cpu" and x.dtype == torch.float32 and plain and ONE_DNN:
         # F.linear takes MKL for float32, which on an AMD processor took 1.4 times as long for 16 rows, 1.2 for 64
@@ -222,7 +231,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # keep a block's input alone, and compute the block again for its gradient
+        self.checkpointed = 0  # so many first blocks keep their input alone, and are computed again for their gradient
         table = torch.empty(config.vocab_size, config.hidden_size)  # given, so that it is not drawn: see `Linear`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -238,16 +247,21 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed, and of the weights unless they were loaded `narrow`."""
+        return self.norm.weight.dtype
+
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states, (T, E), of tokens (T,) int64 at positions (T,) int64 within their sequences.
 
         The head is left to the caller, who needs it for few of the T: the supervised ones in training, the last of
         each sequence in sampling.
         """
-        x = self.embed_tokens(tokens)  # (T, E)
+        x = self.embed_tokens(tokens).to(self.dtype)  # (T, E)
         rotation = self.rotation(positions, x.dtype)
         for i, layer in enumerate(self.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if i < self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, attend, i, use_reentrant=False)
             else:
                 x = layer(x, rotation, attend, i)

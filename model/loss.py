@@ -31,17 +31,18 @@ class _ChunkedNLL(torch.autograd.Function):
             rows = torch.arange(len(logits), device=logits.device)
             # multiplied and added, not a product of vectors, which autocast would round to bfloat16
             total -= (token_weights[part] * logprobs[rows, targets[part]]).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d/dlogits of the sum: w (softmax - one-hot)
-            grad_logits = logprobs.exp_()
-            grad_logits[rows, targets[part]] -= 1
-            grad_logits *= token_weights[part, None]
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = linear(grad_logits, weight.T)
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+            if grad_hidden is not None or grad_weight is not None:
+                # d/dlogits of the sum: w (softmax - one-hot)
+                grad_logits = logprobs.exp_()
+                grad_logits[rows, targets[part]] -= 1
+                grad_logits *= token_weights[part, None]
+                grad_logits = grad_logits.to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = linear(grad_logits, weight.T)
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ hidden[part]
+                del grad_logits
+            del logits, logprobs  # else the next chunk's would be made beside them
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -16,7 +16,7 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     config, size = model.config, dtype.itemsize
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    frozen = sum(parameter.nbytes for parameter in parameters if not parameter.requires_grad)
     hidden = config.hidden_size
     heads, kv_heads = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
     # per token: norms keep their inputs, products of adapters what theirs are made from, which is kept already;
@@ -31,9 +31,9 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     if any(adapter.dropout for adapter in adapters):
         # each adapter's own input and what it was multiplied by, in the place of those that products share
         block += size * (8 * hidden + heads + config.intermediate_size)
-    kept = size * hidden * config.num_layers if model.checkpoint_activations else block * config.num_layers
+    kept = size * hidden * model.checkpointed + block * (config.num_layers - model.checkpointed)
     return {
-        "weights": frozen * size + trained * 4, "gradients": trained * 4, "optimiser": trained * 8,
+        "weights": frozen + trained * 4, "gradients": trained * 4, "optimiser": trained * 8,
         "activations": tokens * (kept + block),  # and those of the block whose gradient is being computed
         "logits": CHUNK * config.vocab_size * (4 + (size if size < 4 else 0)),  # of a chunk, and their gradient
     }

@@ -119,7 +119,7 @@ class Sampler:
                 self._accept(live, *steps(live))
             ended = [row for row in live if row.response.finish_reason]
             live = [row for row in live if not row.response.finish_reason]
-            self.peak_cache_bytes = cache.peak * KVCache.block_bytes(self.model.config, self._dtype)
+            self.peak_cache_bytes = cache.peak * KVCache.block_bytes(self.model.config, self.model.dtype)
             for row in ended:
                 cache.release(row.blocks)
                 yield row.response
@@ -147,7 +147,7 @@ class Sampler:
 
     def _open(self, waiting: Sequence[_Row]) -> tuple[KVCache, PrefixTree]:
         """An empty cache, and the tree of what the rows' prompts have in common."""
-        cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self._dtype)
+        cache = KVCache(self.model.config, self._cache_blocks(waiting), self.model.device, self.model.dtype)
         tree = PrefixTree(cache)
         if self.share_prefixes:
             for row in waiting:
@@ -157,7 +157,7 @@ class Sampler:
     def cache_bytes(self, prompts: Sequence[tuple[str, Sequence[int]]]) -> int:
         """Memory of the KV cache that `generate` will allocate for these prompts."""
         blocks = self._cache_blocks([self._row(id, prompt) for id, prompt in prompts])
-        return (blocks + 1) * KVCache.block_bytes(self.model.config, self._dtype)
+        return (blocks + 1) * KVCache.block_bytes(self.model.config, self.model.dtype)
 
     def limit(self, id: str, prompt: Sequence[int]) -> int:
         """Most tokens that can be sampled for this prompt; a UserError if it is empty, holds an id that the model
@@ -177,13 +177,9 @@ class Sampler:
     def _row(self, id: str, prompt: Sequence[int]) -> _Row:
         return _Row(prompt, Response(id, len(prompt)), self.limit(id, prompt))
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
-
     def _cache_blocks(self, rows: Sequence[_Row]) -> int:
         """Blocks within the budget, and no more than `slots` rows like the longest could fill."""
-        size = KVCache.block_bytes(self.model.config, self._dtype)
+        size = KVCache.block_bytes(self.model.config, self.model.dtype)
         budget = free_memory(self.model.device) if self.kv_memory is None else int(self.kv_memory * GIB)
         # its prompt twice: while the prefix tree holds a prompt's blocks, the row may have its own beside them
         needs = {row.response.id: row.longest + _blocks(len(row.prompt)) + 1 for row in rows}

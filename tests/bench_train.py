@@ -41,7 +41,7 @@ from model import lora, weights
 from model.chat import Chat
 from model.config import read_config
 from model.loss import chunked_nll
-from train import as_messages, encode_rows, summed_nll
+from train import add_gradients, as_messages, encode_rows
 
 TOKENS = {SMOLLM2: 4096, QWEN: 1024}  # of a step
 MICRO = 512  # tokens of one of our forward passes
@@ -74,7 +74,7 @@ def load_examples(name: str, data: Path) -> list[Example]:
 
 def ours(name: str, adapter: Path, micro: int) -> Iterator[float | None]:
     """A step of train.py's, but for saving its state and metrics."""
-    model = weights.load(model_folder(name), torch.device("cpu"), torch.float32)
+    model = weights.load(model_folder(name), torch.device("cpu"), torch.float32, narrow=True)
     lora.load(model, str(adapter))
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,12 +82,7 @@ def ours(name: str, adapter: Path, micro: int) -> Iterator[float | None]:
     loss = None
     while True:
         examples = yield loss
-        total = sum(example.supervised for example in examples)
-        loss = 0.0
-        for part in group(range(len(examples)), [len(example.tokens) for example in examples], micro):
-            nll = summed_nll(model, [examples[i] for i in part])
-            (nll / total).backward()
-            loss += nll.item() / total
+        loss = add_gradients(model, examples, micro)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -27,10 +27,10 @@ def main() -> None:
           f"{'most tokens of a forward pass, on 24, 48, 80 GB':>50}")
     for name, config in (("8B (Llama 3.1)", llama), ("14B (Qwen3)", qwen)):
         with torch.device("meta"):
-            model = Decoder(config)
+            model = Decoder(config).to(torch.bfloat16)
         attach(model, LoRAConfig())
         for checkpointed in (False, True):
-            model.checkpoint_activations = checkpointed
+            model.checkpointed = config.num_layers if checkpointed else 0
             parts = training_memory(model, 1, torch.bfloat16)
             fixed = sum(parts.values()) - parts["activations"]
             # a tenth is left to the allocator and to CUDA
