@@ -6,6 +6,7 @@ Gathers the reports of the cells that are there (folders with a report.json), wh
 matrix.md, matrix.json and matrix.png.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from base.options import Parser
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHAPE = {"student": str, "teacher": str, "checkpoints": dict,  # what is read of a report.json
+SHAPE = {"student": str, "teacher": str, "options": {}, "checkpoints": dict,  # what is read of a report.json
          "drop": {str: {"points": float, "ci95": [float] * 2, "p": float}}}
 
 
@@ -31,7 +32,8 @@ def write_matrix(folder: Path) -> dict[str, dict]:
         raise UserError(f"{folder} has no cell that is done: no folder with a report.json")
     for cell, report in reports.items():
         for name in ("base", "off_model") if report["drop"] else ():
-            if fault := misfit(report["checkpoints"].get(name), dict.fromkeys(report["drop"], {"accuracy": float})):
+            shape = dict.fromkeys(report["drop"], {"accuracy": float, "n": int})
+            if fault := misfit(report["checkpoints"].get(name), shape):
                 raise UserError(f"{folder / cell / 'report.json'}: of {name} the field {fault}")
     drops = {cell: report["drop"] for cell, report in reports.items()}
     benchmarks = list(dict.fromkeys(name for drop in drops.values() for name in drop))
@@ -43,8 +45,10 @@ def write_matrix(folder: Path) -> dict[str, dict]:
     write_text(folder / "matrix.md", "\n".join([
         "# Off-model SFT: pairs of student and teacher", "",
         "Points lost by SFT on the teacher's responses, with 95 % intervals over problems, each by itself; behind it "
-        "base's accuracy and the off-model student's, in %. An interval that covers 0 is no evidence of a loss.", "",
-        table(["student", "teacher", *benchmarks], body), "", "![drops](matrix.png)", "",
+        "base's accuracy and the off-model student's, in %, and the number of problems. An interval that covers 0 is "
+        "no evidence of a loss.", "",
+        table(["student", "teacher", *benchmarks], body), "", *differing_settings(reports),
+        "![drops](matrix.png)", "",
         *(f"- [{plain(cell)}]({quote(cell)}/report.md)" for cell in reports), ""]))
     write_json(folder / "matrix.json", drops)
     return drops
@@ -53,7 +57,21 @@ def write_matrix(folder: Path) -> dict[str, dict]:
 def _cell(report: dict, benchmark: str) -> str:
     drop = report["drop"][benchmark]
     base, off = (100 * report["checkpoints"][name][benchmark]["accuracy"] for name in ("base", "off_model"))
-    return f"{interval(drop['points'], drop['ci95'], 1)}; {base:.1f} → {off:.1f}"
+    n = report["checkpoints"]["base"][benchmark]["n"]
+    return f"{interval(drop['points'], drop['ci95'], 1)}; {base:.1f} → {off:.1f}; n = {n}"
+
+
+def differing_settings(reports: dict[str, dict]) -> list[str]:
+    """Lines that say by which options, but for the pair itself, the cells of a matrix differ: none if by none."""
+    names = {name for report in reports.values() for name in report["options"]}
+    lines = []
+    for name in sorted(name for name in names if not name.startswith(("student", "teacher"))):
+        values = {cell: json.dumps(report["options"].get(name), ensure_ascii=False) for cell, report in reports.items()}
+        if len(set(values.values())) > 1:
+            listing = "; ".join(f"{plain(value)} in {plain(cell)}" for cell, value in values.items())
+            lines.append(f"- {plain(name)}: {listing}")
+    return ["**The pairs were not run with the same settings**, and are comparable as far as these don't matter:", "",
+            *lines, ""] if lines else []
 
 
 def draw_matrix(reports: dict[str, dict], benchmarks: list[str]) -> "Figure":

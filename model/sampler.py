@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -421,15 +422,26 @@ def steps_at_once(device: torch.device) -> int:
     return 1 if device.type == "cpu" else STEPS
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a KV cache may take: what is free, but for a reserve for the activations and for others."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that a KV cache may take: what is free, but for a reserve for the activations and for others. On Linux that
+    is what can be had without swapping, within the limit of a container (cgroup v2); `root` is for tests."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # else what an earlier cache has left with torch's allocator counts as used
         return int(0.85 * torch.cuda.mem_get_info(device)[0])
-    if os.path.exists("/proc/meminfo"):  # Linux: what can be had without swapping, in kB
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 3 // 4
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if not (root / "proc/meminfo").exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = 1024 * _field(root / "proc/meminfo", "MemAvailable:")
+    group = root / "sys/fs/cgroup"
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        # files that were read count as the container's memory too, until somebody needs it
+        held = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file ")
+        free = min(free, max(0, int(limit) - held))
+    return free * 3 // 4
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind `name` in a file of the kernel's."""
+    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name))
 
 
 def _blocks(tokens: int) -> int:

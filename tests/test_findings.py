@@ -391,6 +391,13 @@ def test_matrix(script: Script, tiny: Path, tiny_teacher: Path, tmp_path: Path) 
     # one pair into the matrix's folder is a cell of it
     again = script("recover.py", "--student", tiny, "--teacher", third, *common, "--out", out)
     assert again.returncode == 0 and f"{out / cells[1]}: done already" in again.stdout
+    assert "not run with the same settings" not in (out / "matrix.md").read_text()
+    record = json.loads((out / cells[1] / "report.json").read_text())
+    record["options"]["n_train"] = 13
+    (out / cells[1] / "report.json").write_text(json.dumps(record))
+    write_matrix(out)
+    page = (out / "matrix.md").read_text()
+    assert f"- n_train: 12 in {plain(cells[0])}; 13 in {plain(cells[1])}" in page and "; n = 3 |" in page
     copied = tmp_path / "x" / tiny.name
     copied.mkdir(parents=True)
     clash = script("recover.py", "--student", tiny, copied, "--teacher", third, *common, "--out",

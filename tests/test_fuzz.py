@@ -15,7 +15,7 @@ from analysis.report import fence, plain
 from base.errors import UserError
 from base.files import misfit, parse_object
 from data.benchmarks import ifeval, mathematics, miniature
-from data.packing import Example, group, pack, plan_steps
+from data.packing import Example, group, micro_batches, pack, plan_steps
 from data.rows import ANSWERED, GRADED, MEASURED, GrowingRows, format_row, read_rows, write_rows
 
 EXAMPLES = os.environ.get("EXAMPLES")
@@ -205,6 +205,10 @@ def test_steps_hold_every_example_once_an_epoch(lengths: list[int], budget: int,
     assert not steps
     for step in plan_steps(lengths, budget, seed, epochs):
         assert len(step) == 1 or sum(lengths[i] for i in step) <= budget
+    examples = [Example(str(i), [0] * length, ()) for i, length in enumerate(lengths)]
+    parts = micro_batches(examples, budget)
+    assert sorted(example.id for part in parts for example in part) == sorted(example.id for example in examples)
+    assert all(len(part) == 1 or sum(len(example.tokens) for example in part) <= budget for part in parts)
 
 
 @st.composite

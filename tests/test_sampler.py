@@ -16,7 +16,7 @@ from model.cache import KVCache, PrefixTree
 from model.chat import Chat
 from model.decoder import Decoder
 from model.loss import response_logprobs
-from model.sampler import Response, Sampler, _Steps, choose, row_uniforms
+from model.sampler import Response, Sampler, _Steps, choose, free_memory, row_uniforms
 
 NOTHING = frozenset()
 
@@ -56,6 +56,19 @@ def test_cached_decoding_equals_the_full_forward(model: Decoder) -> None:
     for id, prompt in prompts:
         assert found[id].tokens == greedy_without_cache(model, prompt, 40)
         assert found[id].finish_reason == "length"
+
+
+def test_free_memory_minds_a_containers_limit(tmp_path: Path) -> None:
+    for name, text in (("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:   4000 kB\n"),
+                       ("sys/fs/cgroup/memory.max", "max\n"), ("sys/fs/cgroup/memory.current", "1500000\n"),
+                       ("sys/fs/cgroup/memory.stat", "anon 7\ninactive_file 500000\n")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    cpu = torch.device("cpu")
+    assert free_memory(cpu, tmp_path) == 4_096_000 * 3 // 4
+    for limit, free in ((3_000_000, 2_000_000), (900_000, 0), (90_000_000, 4_096_000)):
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(f"{limit}\n")
+        assert free_memory(cpu, tmp_path) == free * 3 // 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
