@@ -19,11 +19,12 @@ def training_memory(model: Decoder, tokens: int, dtype: torch.dtype) -> dict[str
     frozen = sum(parameter.nbytes for parameter in parameters if not parameter.requires_grad)
     hidden = config.hidden_size
     heads, kv_heads = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
-    # per token: norms keep their inputs, products of adapters what theirs are made from, which is kept already;
+    # per token: norms keep their inputs, adapters x Aᵀ and what their inputs are made from, which is kept already;
     # attention keeps q, k, v and the values it mixes, these per sequence and again as the input of the product behind
     # it; SwiGLU keeps both factors
     block = size * (2 * hidden + 3 * heads + 2 * kv_heads + 2 * config.intermediate_size)
     adapters = adapted(model).values()
+    block += size * sum(len(adapter.lora_A) for adapter in adapters) // config.num_layers
     if not adapters or any(adapter.dropout for adapter in adapters):
         block += size * (2 * hidden + config.intermediate_size)  # the products' inputs
     if config.qk_norm:
