@@ -309,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
 
 def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_tokens: int,
                   checkpoint_activations: bool = False, prompt_loss_weight: float = 0.0,
-                  precision: contextlib.AbstractContextManager = contextlib.nullcontext()) -> float:  # noqa: B008
+                  precision: contextlib.AbstractContextManager | None = None) -> float:
     """The loss of an optimiser step over `examples`, forward passes in `precision`; parameters get their gradients.
 
     A conversation longer than `micro_batch_tokens` is a pass of its own; so many blocks checkpoint their activations
@@ -321,7 +321,7 @@ def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_token
     loss = 0.0
     for part in micro_batches(examples, micro_batch_tokens):
         model.checkpointed = checkpointed_blocks(model, part, micro_batch_tokens, checkpoint_activations)
-        with precision:
+        with precision or contextlib.nullcontext():
             nll = summed_nll(model, part, prompt_loss_weight)
         # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
         (nll / total).backward()
@@ -329,10 +329,10 @@ def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_token
     return loss
 
 
-def checkpointed_blocks(model: "Decoder", part: list["Example"], micro_batch_tokens: int, all_of_them: bool) -> int:
-    """How many blocks keep their input alone in a forward pass over `part`."""
+def checkpointed_blocks(model: "Decoder", part: list["Example"], micro_batch_tokens: int, everywhere: bool) -> int:
+    """How many blocks keep their input alone in a forward pass over `part`: all, or as many as the budget lacks."""
     beyond = max(0.0, 1 - micro_batch_tokens / sum(len(example.tokens) for example in part))
-    return math.ceil(model.config.num_layers * (1 if all_of_them else beyond))
+    return math.ceil(model.config.num_layers * (1 if everywhere else beyond))
 
 
 def summed_nll(model: "Decoder", examples: list["Example"], prompt_loss_weight: float = 0.0) -> "torch.Tensor":

@@ -83,19 +83,19 @@ def micro_batches(examples: Sequence[Example], budget: int) -> list[list[Example
 
     Longest first, each into the first pass that has room for it (first-fit decreasing): fewer and fuller passes than in
     the order of the step, which its sum of losses does not depend on. And what the first pass, about the largest, got
-    from the allocator serves those behind it.
+    from the allocator serves those behind it. Within a pass the order is the step's.
     """
-    passes: list[list[Example]] = []
-    tokens: list[int] = []  # in each of them
-    for example in sorted(examples, key=lambda example: -len(example.tokens)):
-        length = len(example.tokens)
-        i = next((i for i, taken in enumerate(tokens) if taken + length <= budget), len(passes))
-        if i == len(passes):
+    passes: list[list[int]] = []
+    taken: list[int] = []  # tokens of each
+    for i in sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens)):
+        length = len(examples[i].tokens)
+        place = next((place for place, tokens in enumerate(taken) if tokens + length <= budget), len(passes))
+        if place == len(passes):
             passes.append([])
-            tokens.append(0)
-        passes[i].append(example)
-        tokens[i] += length
-    return passes
+            taken.append(0)
+        passes[place].append(i)
+        taken[place] += length
+    return [[examples[i] for i in sorted(part)] for part in passes]
 
 
 def pack(examples: Sequence[Example], device: torch.device, prompt_weight: float = 0.0) -> Batch:

@@ -227,7 +227,7 @@ def test_micro_batches_hold_a_step_in_few_passes() -> None:
     sizes = [30, 60, 70, 40, 200, 5, 25]
     rows = [Example(str(i), [0] * size, ()) for i, size in enumerate(sizes)]
     parts = [[len(row.tokens) for row in part] for part in micro_batches(rows, 100)]
-    assert parts == [[200], [70, 30], [60, 40], [25, 5]]
+    assert parts == [[200], [30, 70], [60, 40], [5, 25]]
     assert len(list(group(range(7), sizes, 100))) == 5  # in order
 
 
