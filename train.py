@@ -312,8 +312,8 @@ def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_token
                   precision: contextlib.AbstractContextManager | None = None) -> float:
     """The loss of an optimiser step over `examples`, forward passes in `precision`; parameters get their gradients.
 
-    A conversation longer than `micro_batch_tokens` is a pass of its own; so many blocks checkpoint their activations
-    that the others keep no more than those tokens would take: memory is bounded whatever the data.
+    A conversation longer than `micro_batch_tokens` is a pass of its own, in which so many blocks checkpoint their
+    activations that the others keep no more than those tokens would take.
     """
     from data.packing import micro_batches
 

@@ -62,10 +62,9 @@ def _cell(report: dict, benchmark: str) -> str:
 
 
 def differing_settings(reports: dict[str, dict]) -> list[str]:
-    """Lines that say by which options, but for the pair itself, the cells of a matrix differ: none if by none."""
-    names = {name for report in reports.values() for name in report["options"]}
+    """Lines that say by which of the options that reports name the cells of a matrix differ: none if by none."""
     lines = []
-    for name in sorted(name for name in names if not name.startswith(("student", "teacher"))):
+    for name in sorted({name for report in reports.values() for name in report["options"]}):
         values = {cell: json.dumps(report["options"].get(name), ensure_ascii=False) for cell, report in reports.items()}
         if len(set(values.values())) > 1:
             listing = "; ".join(f"{plain(value)} in {plain(cell)}" for cell, value in values.items())

@@ -52,7 +52,7 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """base(x) + scale · B(A(dropout(x))), with the base frozen.
 
-    A and B are float32, whatever the base is, for the optimiser's sake; the products run in the base's dtype.
+    A and B are float32, whatever the base is, for the optimiser's sake; the products run in x's dtype.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:

@@ -475,7 +475,7 @@ def test_out_of_memory_names_what_lowers_it(tiny: Path, prompts: Path, rows: Pat
         "recover.py": ["--preset", "mini", *out],
     }
     code = ("import json, runpy, sys; from model import weights\n"
-            "def load(*arguments): raise MemoryError\n"
+            "def load(*arguments, **options): raise MemoryError\n"
             "weights.load = load\n"
             "for script, arguments in json.loads(sys.argv[1]).items():\n"
             "    sys.argv = [script, *arguments]\n"

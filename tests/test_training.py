@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from data.rows import read_rows, write_rows
 from model import lora, weights
 from model.attention import Packed
 from model.chat import Chat
+from model.config import PROJECTIONS
 from model.decoder import Decoder, Linear, RMSNorm, _SwiGLU, linear
 from model.loss import CHUNK, chunked_nll, nll_reference
 from model.memory import training_memory
@@ -106,6 +108,7 @@ def test_new_numbers_of_tokens_take_little_memory() -> None:
     assert in_fresh_process(growth_by_shapes) < 40e6
 
 
+@torch.no_grad()  # in training too it is within autograd functions that oneDNN multiplies
 def growth_by_shapes() -> int:
     """What 200 products by as many numbers of tokens add to a process's memory."""
     weight = torch.randn(96, 64)
@@ -231,19 +234,28 @@ def test_micro_batches_hold_a_step_in_few_passes() -> None:
     assert len(list(group(range(7), sizes, 100))) == 5  # in order
 
 
-def test_a_long_conversation_checkpoints_what_is_beyond_the_budget(tiny: Path) -> None:
+def test_a_long_conversation_checkpoints_what_is_beyond_the_budget(tiny: Path, monkeypatch: pytest.MonkeyPatch
+                                                                   ) -> None:
     """As many blocks as it takes for the others to keep no more than the budget's tokens would; the same gradients."""
     model, _ = adapted_model(tiny)
     long, short = (Example("a", [1] * size, ((3, size),)) for size in (400, 100))
     assert [train.checkpointed_blocks(model, [row], 100, False) for row in (short, long)] == [0, 2]
     assert [train.checkpointed_blocks(model, [row], 200, False) for row in (short, long)] == [0, 1]
     assert train.checkpointed_blocks(model, [short], 200, True) == 2
-    results = []
+    results, used, summed_nll = [], [], train.summed_nll
+
+    def noting(model: Decoder, *arguments: object) -> torch.Tensor:
+        used.append(model.checkpointed)
+        return summed_nll(model, *arguments)
+
+    monkeypatch.setattr(train, "summed_nll", noting)
     for budget in (100, 200, 400):
         model.zero_grad()
         loss = train.add_gradients(model, [short, long], budget)
         results.append((loss, {name: parameter.grad.clone() for name, parameter in model.named_parameters()
                                if parameter.requires_grad}))
+    train.add_gradients(model, [short], 400, checkpoint_activations=True)
+    assert used == [2, 0, 1, 0, 0, 0, 2]
     for loss, grads in results[:2]:
         assert abs(loss - results[2][0]) < 1e-6 * loss
         assert all(relative(grads[name], results[2][1][name]) < 1e-5 for name in grads)
@@ -251,9 +263,9 @@ def test_a_long_conversation_checkpoints_what_is_beyond_the_budget(tiny: Path) -
 
 def test_matrices_as_the_file_has_them(tiny: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """A bfloat16 file trained in float32 from half of the memory: loss and gradients to the bit; tied or not."""
-    for i, folder in enumerate((tiny, tiny_teacher)):
+    for i, (folder, targets) in enumerate(product((tiny, tiny_teacher), (PROJECTIONS, ("q_proj", "v_proj")))):
         weights.save(weights.load(folder, CPU, torch.float32), folder, tmp_path / str(i), torch.bfloat16)
-        found = []
+        found, kept = [], []
         for narrow in (False, True):
             model = weights.load(tmp_path / str(i), CPU, torch.float32, narrow=narrow)
             assert model.dtype == torch.float32
@@ -261,10 +273,12 @@ def test_matrices_as_the_file_has_them(tiny: Path, tiny_teacher: Path, tmp_path:
             head = "embed_tokens.weight" if model.config.tied else "lm_head.weight"
             assert all((dtypes[name] == torch.bfloat16) == (narrow and parameter.ndim == 2 and name != head)
                        for name, parameter in model.named_parameters())
-            lora.attach(model, lora.LoRAConfig(rank=4), seed=1)
+            lora.attach(model, lora.LoRAConfig(rank=4, targets=targets), seed=1)
             for adapter in lora.adapted(model).values():
                 adapter.lora_B.data.fill_(0.01)
             found.append(gradients(model, [examples(model.config.vocab_size)]))
+            kept.append(kept_by_autograd(model, 40))
+        assert kept[0] == kept[1]  # no widened matrix is
         assert found[0][0] == found[1][0]
         assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
@@ -350,6 +364,22 @@ def test_checkpointed_equals_not(dropout: float, tiny: Path) -> None:
         assert all(torch.equal(grads[name], found[0][1][name]) for name in grads)
 
 
+def kept_by_autograd(model: Decoder, tokens: int, shared: int = 0) -> int:
+    """Bytes that a forward pass over two sequences of so many tokens keeps for the gradient, but for parameters."""
+    kept = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.arange(tokens) % 50, torch.arange(tokens), Packed([tokens // 2 + 10, tokens // 2 - 10], shared))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 @pytest.mark.parametrize("case", ["plain", "shared", "checkpointed", "first", "dropout", "Qwen3", "full"])
 def test_memory_on_paper_is_what_autograd_keeps(case: str, tiny: Path, tmp_path: Path) -> None:
     if case == "Qwen3":
@@ -360,18 +390,7 @@ def test_memory_on_paper_is_what_autograd_keeps(case: str, tiny: Path, tmp_path:
     if case == "full":
         lora.detach(model)
         model.requires_grad_(True)
-    tokens, kept = 200, {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.arange(tokens) % 50, torch.arange(tokens), Packed([110, 90], shared=20 if case == "shared" else 0))
-    found = sum(storage.nbytes() for storage in kept.values()) / tokens
+    found = kept_by_autograd(model, 200, shared=20 if case == "shared" else 0) / 200
     config = model.config
     on_paper = training_memory(model, 1, torch.float32)["activations"]
     model.checkpointed = 0
