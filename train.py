@@ -320,7 +320,8 @@ def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_token
     total = sum(example.weight(prompt_loss_weight) for example in examples)
     loss = 0.0
     for part in micro_batches(examples, micro_batch_tokens):
-        model.checkpointed = checkpointed_blocks(model, part, micro_batch_tokens, checkpoint_activations)
+        tokens = sum(len(example.tokens) for example in part)
+        model.checkpointed = checkpointed_blocks(model, tokens, micro_batch_tokens, checkpoint_activations)
         with precision or contextlib.nullcontext():
             nll = summed_nll(model, part, prompt_loss_weight)
         # one denominator for the whole step: tokens weigh the same in whatever micro-batch they are
@@ -329,9 +330,9 @@ def add_gradients(model: "Decoder", examples: list["Example"], micro_batch_token
     return loss
 
 
-def checkpointed_blocks(model: "Decoder", part: list["Example"], micro_batch_tokens: int, everywhere: bool) -> int:
-    """How many blocks keep their input alone in a forward pass over `part`: all, or as many as the budget lacks."""
-    beyond = max(0.0, 1 - micro_batch_tokens / sum(len(example.tokens) for example in part))
+def checkpointed_blocks(model: "Decoder", tokens: int, micro_batch_tokens: int, everywhere: bool) -> int:
+    """How many blocks keep their input alone in a forward pass over `tokens`: all, or as many as the budget lacks."""
+    beyond = max(0.0, 1 - micro_batch_tokens / tokens)
     return math.ceil(model.config.num_layers * (1 if everywhere else beyond))
 
 
@@ -355,11 +356,11 @@ def dry_run(model: "Decoder", examples: list["Example"], plan: list[list[int]], 
 
     longest = sorted(examples, key=lambda example: -len(example.tokens))[:5]
     print("longest: " + ", ".join(f"{example.id} ({len(example.tokens)} tokens)" for example in longest))
-    passes = [part for step in plan for part in micro_batches([examples[i] for i in step], args.micro_batch_tokens)]
+    sizes = {sum(len(example.tokens) for example in part) for step in plan
+             for part in micro_batches([examples[i] for i in step], args.micro_batch_tokens)}
     estimates = []
-    for part in passes:
-        model.checkpointed = checkpointed_blocks(model, part, args.micro_batch_tokens, args.checkpoint_activations)
-        tokens = sum(len(example.tokens) for example in part)
+    for tokens in sizes:  # of forward passes, each once
+        model.checkpointed = checkpointed_blocks(model, tokens, args.micro_batch_tokens, args.checkpoint_activations)
         estimates.append((training_memory(model, tokens, dtype), tokens))
     parts, largest = max(estimates, key=lambda estimate: sum(estimate[0].values()))
     listing = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())

@@ -239,9 +239,9 @@ def test_a_long_conversation_checkpoints_what_is_beyond_the_budget(tiny: Path, m
     """As many blocks as it takes for the others to keep no more than the budget's tokens would; the same gradients."""
     model, _ = adapted_model(tiny)
     long, short = (Example("a", [1] * size, ((3, size),)) for size in (400, 100))
-    assert [train.checkpointed_blocks(model, [row], 100, False) for row in (short, long)] == [0, 2]
-    assert [train.checkpointed_blocks(model, [row], 200, False) for row in (short, long)] == [0, 1]
-    assert train.checkpointed_blocks(model, [short], 200, True) == 2
+    assert [train.checkpointed_blocks(model, len(row.tokens), 100, False) for row in (short, long)] == [0, 2]
+    assert [train.checkpointed_blocks(model, len(row.tokens), 200, False) for row in (short, long)] == [0, 1]
+    assert train.checkpointed_blocks(model, len(short.tokens), 200, True) == 2
     results, used, summed_nll = [], [], train.summed_nll
 
     def noting(model: Decoder, *arguments: object) -> torch.Tensor:
